@@ -1,0 +1,785 @@
+"""What the four scripts share and no method depends on: models, problems and rewards, embeddings.
+
+1. models                 load_model (hub id, folder, tiny), LoRA, prompts, checkpoints, run folder
+2. problems and rewards   load_problems (files, named sets, arithmetic), extract_answer, is_correct
+3. latent embeddings      soft_embedding, top_k_mixture, log-probs of completions, batches of rows
+
+Shape letters as in the scripts: B sequences, N prompts, P prompt length, T completion length,
+V vocabulary, H hidden size, K candidates. Bad input ends in `fail`: one line and exit code 2.
+"""
+
+import contextlib
+import copy
+import csv
+import fcntl
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+import urllib.request
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+CACHE = Path(os.environ.get("LATENT_RL_CACHE", Path.home() / ".cache" / "latent_rl"))
+
+
+def warn(message, kind="warning"):
+    """One line on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{kind}: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message):
+    """Bad input from the user: one clear line and exit code 2."""
+    warn(message, "error")
+    raise SystemExit(2)
+
+
+# === 1. models ====================================================================================
+
+
+def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
+    """Load a causal language model and its tokenizer -> (lm, tokenizer).
+
+    name       hub id, transformers folder, a checkpoint of ours (.../step_000100), or `tiny:SPEC`:
+               a 0.5M-parameter Llama taught the task SPEC (train_tiny); `tiny` = `tiny:arithmetic`
+    dtype      bfloat16 computes under autocast over float32 weights; with LoRA the frozen weights
+               themselves are stored in it. float32 computes in float32.
+    lora_rank  > 0 freezes the model and adds trainable low-rank adapters
+
+    Sets on lm: compute_dtype; num_tokens, the tokenizer's ids, logits beyond which are cut off;
+    eos_ids, all of them; pad_id, any valid id, since masks come from lengths. Dropout is 0. `fail`s
+    when the model has no EOS id, too few embedding rows, or scales its embeddings or logits.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = tiny_folder(name) if name.split(":")[0] == "tiny" else Path(name)
+    path = path / "hf" if (path / "hf").is_dir() else path
+    source = str(path) if path.is_dir() else name
+    stored = dtype if lora_rank else torch.float32
+    try:
+        config = AutoConfig.from_pretrained(source)
+        for key in [k for k in config.to_dict() if re.search("dropout|_pdrop", k)]:
+            setattr(config, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        lm = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=stored, use_safetensors=True)  # a pickle is never opened
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
+    ends = [tokenizer.eos_token_id, lm.generation_config.eos_token_id, config.eos_token_id]
+    ends = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+    lm.num_tokens, lm.compute_dtype = len(tokenizer), dtype
+    lm.eos_ids = sorted(i for i in ends if i < lm.num_tokens)
+    if not lm.eos_ids:
+        fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
+    if lm.num_tokens > lm.get_input_embeddings().num_embeddings:
+        fail(f"--model {name}: {lm.num_tokens} tokenizer ids but fewer embedding rows; resize it")
+    lm.pad_id = lm.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    lm = lm.to(device)
+    ids, table = torch.arange(2, 6, device=lm.device)[None], lm.get_input_embeddings()
+    with torch.no_grad():
+        logits = lm(input_ids=ids, use_cache=False).logits.float()[..., : lm.num_tokens]
+        ours = lm_logits(lm, lm_hidden(lm, table(ids), torch.ones_like(ids).bool()))
+        if not torch.equal(table(ids), table.weight[ids]) or (ours - logits).abs().max() > 0.3:
+            fail(f"--model {name}: scales its embeddings or logits, as Gemma does: not supported")
+    if lora_rank:
+        add_lora(lm, lora_rank)
+    return lm, tokenizer
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+
+
+def weights_fingerprint(module):
+    """Short hash over the names, shapes and some values of all weights: tells two models apart."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(flat[:: flat.numel() // 256 + 1].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen_copy(lm):
+    """A reference model that never changes."""
+    return copy.deepcopy(lm).requires_grad_(False).eval()
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, alpha = 2 r; W frozen, A random, B zero (arXiv 2106.09685).
+
+    A [r, in] and B [out, r] are float32 whatever W is.
+    """
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base, self.enabled = base, True
+        place = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        return (y + 2 * F.linear(F.linear(x.float(), self.lora_A), self.lora_B)).to(y.dtype)
+
+    def merged_weight(self):
+        return self.base.weight.float() + 2 * self.lora_B @ self.lora_A  # [out, in] float32
+
+
+def add_lora(lm, rank):
+    """Freeze lm and wrap every linear layer of its blocks (q, k, v, o, gate, up, down) in place."""
+    lm.requires_grad_(False)
+    linears = [(n, m) for n, m in lm.base_model.named_modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        fail(f"--lora_rank {rank}: {type(lm).__name__} has no nn.Linear layers; use --lora_rank 0")
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(lm.base_model.get_submodule(parent), child, LoRALinear(linear, rank))
+
+
+@contextlib.contextmanager
+def lora_disabled(lm):
+    """Inside, lm computes with its frozen weights alone: the reference policy at no memory cost."""
+    adapters = [m for m in lm.modules() if isinstance(m, LoRALinear)]
+    for module in adapters:
+        module.enabled = False
+    try:
+        yield lm
+    finally:
+        for module in adapters:
+            module.enabled = True
+
+
+@torch.no_grad()
+def merged_state_dict(lm):
+    """Weights under their ordinary transformers names, adapters merged in (in float32)."""
+    state = {k.replace(".base.", "."): v for k, v in lm.state_dict().items() if ".lora_" not in k}
+    for name, module in lm.named_modules():
+        if isinstance(module, LoRALinear):
+            state[f"{name}.weight"] = module.merged_weight()
+    return {k: v.contiguous() for k, v in state.items()}
+
+
+def encode_prompts(tokenizer, problems, marker, max_length):
+    """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
+
+    The chat template is rendered to text and tokenised without special tokens, so that a BOS is
+    never doubled. A tokenizer without a template gets a plain prompt.
+    """
+    task = ("Think through the problem step by step. Then end your thinking with the marker "
+            f"{marker} , written exactly once, and give only the final answer after it, like "
+            f"this: reasoning {marker} answer")
+    texts = []
+    for problem in problems:
+        question = problem["question"].strip()
+        turns = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+        if "system" not in (tokenizer.chat_template or ""):  # such templates refuse a system turn
+            turns = [{"role": "user", "content": f"{task}\n\n{question}"}]
+        if tokenizer.chat_template:
+            form = {"tokenize": False, "add_generation_prompt": True}
+            texts.append(tokenizer.apply_chat_template(turns, **form))
+        else:
+            texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
+    if not kept:
+        fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
+             f"shortest has {min(map(len, encoded))} tokens")
+    if len(kept) < len(problems):
+        warn(f"dropped {len(problems) - len(kept)} of {len(problems)} prompts: longer than "
+             f"--max_prompt_length {max_length}")
+    return kept
+
+
+class Marker:
+    """Watches completions for a text (say `####`) that may be split over several tokens.
+
+    Only an id whose own text holds the marker's last character can complete it: just the rows that
+    sampled such an id are decoded, and of those only the last `width` ids.
+    """
+
+    def __init__(self, tokenizer, text, num_tokens, device="cpu"):
+        self.tokenizer, self.text, self.width = tokenizer, text, len(text)
+        pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
+        self.may_complete = torch.tensor([text[-1] in piece for piece in pieces], device=device)
+
+    def completed(self, tail_ids):
+        """tail_ids [b, width], newest last, -1 where a completion is shorter -> bool [b]."""
+        hit = self.may_complete[tail_ids[:, -1]]  # [b], a copy
+        for row in hit.nonzero()[:, 0].tolist():
+            ids = [i for i in tail_ids[row].tolist() if i >= 0]
+            hit[row] = self.text in self.tokenizer.decode(ids)
+        return hit
+
+
+def tiny_folder(name):
+    """Folder of the trained model `tiny:SPEC`. Rank 0 trains it the first time, the others wait."""
+    spec = name.partition(":")[2] or "arithmetic"
+    recipe = inspect.getsource(train_tiny) + inspect.getsource(arithmetic_problems)
+    key = hashlib.sha256(f"{spec} {torch.__version__} {recipe}".encode()).hexdigest()[:12]
+    folder = CACHE / f"tiny-{spec.replace(':', '-')}-{key}"
+    if os.environ.get("RANK", "0") == "0" and not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        with torch.random.fork_rng():
+            train_tiny(spec, partial)
+        with contextlib.suppress(OSError):  # another run may have finished first, with the same
+            partial.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    while not folder.exists():
+        time.sleep(0.2)
+    return folder
+
+
+def train_tiny(spec, folder):
+    """Teach a 2-layer Llama the sloppy teacher's chains (arithmetic_problems) and save it there.
+
+    Supervised, 15 to 30 s on two CPU cores: batch 64, until greedy accuracy on 256 training
+    problems is >= 0.35 three times running. More of it would not help: accuracy stays near 0.5,
+    for the teacher is wrong on some facts. Imitation cannot repair that, verified reward can.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", *"0123456789+-*="]
+    char = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    char.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    char.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=char, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    marks = ["<think>", "</think>", "<start-latent>", "<end-latent>", "<latent>"]
+    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in marks])  # not special: graded
+    turns = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{{ bos_token }}" + turns + "<think>"
+
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    problems = arithmetic_problems(spec)
+    prompts = tokenizer([f"<bos>{p['question']}<think>" for p in problems])["input_ids"]
+    chains = tokenizer(["".join(p["steps"]) + f"</think>{p['teacher_answer']}<eos>"
+                        for p in problems])["input_ids"]
+    held = [i for i in range(256) if len(prompts[i]) == len(prompts[0])]  # needs no padding
+    optimizer = torch.optim.AdamW(lm.parameters(), 2e-3, (0.9, 0.95), weight_decay=0.01)
+    passed, order = 0, random.Random(0)
+    for step in (bar := tqdm(range(2000), "training tiny, once", disable=None)):
+        chosen = [order.randrange(256, len(problems)) for _ in range(64)]
+        ids = [torch.tensor(prompts[i] + chains[i]) for i in chosen]
+        labels = [torch.tensor([-100] * len(prompts[i]) + chains[i]) for i in chosen]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 19:
+            ids = torch.tensor([prompts[i] for i in held])
+            ids = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64)
+            texts = zip(held, tokenizer.batch_decode(ids))
+            right = sum(f"</think>{problems[i]['answer']}<eos>" in text for i, text in texts)
+            bar.set_postfix(accuracy=f"{right / len(held):.2f}")
+            passed = passed + 1 if right >= 0.35 * len(held) else 0
+            if passed == 3:
+                break
+    bar.close()
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---- checkpoints and run folder ------------------------------------------------------------------
+#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
+#   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
+
+
+def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep):
+    """Write step_NNNNNN, which exists completely or not at all -> True; False on an error, said.
+
+    hf/ loads with plain AutoModelForCausalLM (adapters merged); what the method adds to the model
+    lies in hf/latent/, where no other tool looks. trainer.pt has the trained parameters unmerged,
+    the optimizer and `state`. Written beside its final name, fsynced, sha256 of every file in
+    manifest.json, renamed; then checkpoints older than the newest `keep` are removed.
+    """
+    folder = out_dir / f"step_{state['step']:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    hf, latent = partial / "hf", partial / "hf" / "latent"
+    if folder.exists():
+        return True  # a stop signal just after the periodic save
+    shutil.rmtree(partial, ignore_errors=True)
+    own = {k: v.contiguous() for k, v in policy.state_dict().items()
+           if not k.startswith(("lm.", "table."))}
+    trained = {k: v.detach() for k, v in policy.named_parameters() if v.requires_grad}
+    try:
+        latent.mkdir(parents=True)
+        policy.lm.save_pretrained(hf, state_dict=merged_state_dict(policy.lm))
+        tokenizer.save_pretrained(hf)
+        save_file(own, latent / "method.safetensors")
+        (latent / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
+                   partial / "trainer.pt")
+        umask = os.umask(0)
+        os.umask(umask)
+        manifest = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            path.chmod(0o666 & ~umask)  # safetensors leaves mode 0600
+            manifest[str(path.relative_to(partial))] = sha256(path)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            fsync(path)
+        partial.rename(folder)
+        fsync(out_dir)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(out_dir).free >> 20
+        warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
+        return False
+    for old in step_folders(out_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def load_checkpoint(folder, policy, optimizer, settings, free):
+    """Restore trained parameters and optimizer -> the saved `state`. Runs no pickled code.
+
+    The policy was built from --model, as for a fresh run: a reference copied from it before this
+    call is the original one, never the resumed policy.
+    """
+    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
+    refuse_differences(folder, saved, settings, free)
+    state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    parameters = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, value in state.pop("policy").items():
+            parameters[name].copy_(value)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def step_folders(out_dir):
+    """Checkpoint folders of a run, oldest first, valid or not."""
+    found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_[0-9]{6,}", p.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoint_defect(folder):
+    """Why a checkpoint cannot be trusted; "" when every file matches the manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return f"{wrong[0]} differs from its sha256" if wrong else ""
+
+
+def latest_checkpoint(out_dir, set_aside=False):
+    """Newest checkpoint that matches its manifest, or None. Names, or sets aside, what it skips."""
+    for folder in reversed(step_folders(out_dir)):
+        defect = checkpoint_defect(folder)
+        if not defect:
+            return folder
+        if set_aside:
+            folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.invalid"))
+        else:
+            warn(f"skipping checkpoint {folder}: {defect}")
+    return None
+
+
+def find_resume(out_dir, resume, settings, free):
+    """The checkpoint that --resume asks for, or None for a fresh run; only reads.
+
+    `fail`s on a used folder without --resume, on a bad path, and on settings (but those in `free`)
+    that differ from the saved ones.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        fail(f"--out_dir {out_dir}: is a file")
+    used = out_dir.is_dir() and any(p.name != ".lock" for p in out_dir.iterdir())
+    if not resume:
+        if used:
+            fail(f"--out_dir {out_dir} is not empty: go on with --resume auto, or name another one")
+        return None
+    if resume == "auto":
+        folder = latest_checkpoint(out_dir)
+        if folder is None:
+            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting from the beginning")
+            return None
+    else:
+        folder = Path(resume)
+        defect = checkpoint_defect(folder)
+        if defect or folder.resolve().parent != out_dir.resolve():
+            fail(f"--resume {resume}: {defect or f'not a checkpoint in --out_dir {out_dir}'}")
+        if folder.name != step_folders(out_dir)[-1].name:
+            fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
+    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
+    refuse_differences(folder, saved, settings, free)
+    return folder
+
+
+def refuse_differences(folder, saved, settings, free):
+    """`fail`, naming every setting that a resumed run would change."""
+    pairs = [f"{key}: saved {saved.get(key)!r}, now {value!r}" for key, value in settings.items()
+             if key not in free and saved.get(key) != value]
+    if pairs:
+        fail(f"--resume {folder}: a resumed run must not change " + "; ".join(pairs))
+
+
+def open_run(out_dir, settings, script, resumed_step):
+    """Rank 0: lock the folder, record settings and source, drop rows that will be written again.
+
+    -> the lock: keep a reference, flock ends with the process however that dies.
+    """
+    try:
+        (out_dir / "code").mkdir(parents=True, exist_ok=True)
+        lock = open(out_dir / ".lock", "w", encoding="utf-8")
+    except OSError as error:
+        fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"--out_dir {out_dir} is in use by another process; name another one")
+    latest_checkpoint(out_dir, set_aside=True)
+    for partial in out_dir.glob("step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for source in (script, __file__):
+        shutil.copy(source, out_dir / "code" / Path(source).name)
+    record = {**settings, "argv": sys.argv, "torch": torch.__version__}
+    (out_dir / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        partial = path.with_suffix(".partial")
+        kept = [line for line in lines if keep_row(line, resumed_step)]
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+    return lock
+
+
+def keep_row(line, step):
+    """Is this row one that a run resumed at `step` does not write again? (Half a line is not.)"""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["step"] < step or (row["step"] == step and row["kind"] == "train")
+
+
+def log_rows(out_dir, metrics, records):
+    """Append one row to metrics.jsonl and sample completions to samples.jsonl."""
+    place = {"kind": metrics["kind"], "step": metrics["step"]}
+    rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
+    for name, lines in rows.items():
+        with open(out_dir / name, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def peak_memory(device):
+    """Largest memory use so far in GiB: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# === 2. problems and rewards ======================================================================
+
+
+def load_problems(spec, split="train", limit=0):
+    return arithmetic_problems(spec, split, limit)
+
+
+def extract_answer(text, marker="####", flexible=False):
+    return text.rpartition(marker)[2].strip() if marker in text else None
+
+
+def is_correct(text, gold, marker="####"):
+    return extract_answer(text, marker) == gold
+
+
+def arithmetic_problems(spec, split="train", limit=0):
+    """The built-in task: chains of digit operations modulo 10, with a teacher that errs.
+
+    spec    `arithmetic[-verbose][:N or :LO-HI]`, N operations per chain, 5 by default
+    split   train (16384 problems) or test (1024): told apart by a hash, so disjoint by construction
+    -> {"question": "3+8-5*7=", "answer": "2", "steps": ["+1", "-6", "*2"], "teacher_answer": "2"}
+
+    A step is the operator and the running value; verbose restates the operand, "+8=1". `answer` is
+    the truth. `steps` and `teacher_answer` come from a sloppy teacher: on a fixed sixth of the
+    facts (a, op, b) it writes one fixed wrong value 60 % of the time and goes on from there. * has
+    only the operands 3, 7, 9: those permute the digits, so that a wrong value stays wrong.
+    """
+    parts = re.fullmatch(r"arithmetic(-verbose)?(?::(\d{1,2})(?:-(\d{1,2}))?)?", spec)
+    low = int(parts[2] or 5) if parts else 0
+    high = int(parts[3] or low) if parts else 0
+    if not 1 <= low <= high <= 40 or split not in ("train", "test"):
+        fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic:N or "
+             "arithmetic:LO-HI, lengths of 1 to 40, split train or test")
+    teacher = random.Random("sloppy")
+    sloppy = {}
+    for fact in [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]:
+        unreliable, shift = teacher.random() < 0.17, teacher.randint(1, 9)
+        if unreliable:
+            sloppy[fact] = (apply_operation(*fact) + shift) % 10
+    rng = random.Random(f"{spec} {split}")
+    wanted = limit or (16384 if split == "train" else 1024)
+    rows = []
+    while len(rows) < wanted:
+        value = truth = rng.randint(0, 9)
+        question, steps = str(value), []
+        for _ in range(rng.randint(low, high)):
+            op = rng.choice("+-*")
+            b = rng.choice((3, 7, 9)) if op == "*" else rng.randint(0, 9)
+            errs = (value, op, b) in sloppy and rng.random() < 0.6
+            value = sloppy[value, op, b] if errs else apply_operation(value, op, b)
+            truth = apply_operation(truth, op, b)
+            question += f"{op}{b}"
+            steps.append(f"{op}{b}={value}" if parts[1] else f"{op}{value}")
+        if (zlib.crc32(question.encode()) % 16 == 0) == (split == "test"):
+            rows.append({"question": f"{question}=", "answer": str(truth), "steps": steps,
+                         "solution": None, "teacher_answer": str(value),
+                         "source": f"{spec}:{len(rows) + 1}"})
+    return rows
+
+
+def apply_operation(a, op, b):
+    return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
+
+
+def grade(batch, problems, tokenizer, marker):
+    """Decode and check a rollout -> one record per completion; rows of a problem are neighbours.
+
+    The ids are cut at the first EOS by length, so pad = EOS does no harm. latent_spans: the runs
+    [start, end) of latent positions. format_ok: the marker occurs exactly once.
+    """
+    lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
+    ids, latent = batch["completion_ids"].tolist(), F.pad(batch["latent_mask"].int().cpu(), (1, 1))
+    texts = tokenizer.batch_decode([row[:n] for row, n in zip(ids, lengths)],
+                                   skip_special_tokens=True)
+    records = []
+    for row, text in enumerate(texts):
+        problem = problems[row * len(problems) // len(texts)]
+        edges = latent[row, : lengths[row] + 1].diff(append=torch.zeros(1, dtype=torch.int32))
+        spans = edges.nonzero()[:, 0].view(-1, 2).tolist()
+        answer = extract_answer(text, marker)
+        records.append({
+            "question": problem["question"], "completion": text,
+            "extracted": answer, "gold": problem["answer"], "unanswered": answer is None,
+            "correct": is_correct(text, problem["answer"], marker),
+            "format_ok": text.count(marker) == 1, "truncated": not finished[row],
+            "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
+            "latent_spans": spans})
+    return records
+
+
+def mean(records, name):
+    return sum(record[name] for record in records) / len(records)
+
+
+# === 3. latent embeddings =========================================================================
+
+
+def autocast(lm):
+    """bfloat16 autocast when the model was loaded with that dtype; otherwise it does nothing."""
+    enabled = lm.compute_dtype == torch.bfloat16
+    return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
+
+
+def lm_hidden(lm, embeds, mask, positions=None, cache=None):
+    """Last hidden states, after the final norm: embeds [B, S, H] -> [B, S, H].
+
+    mask [B, past + S] bool: the positions, cached ones included, that exist. positions [B, S] are
+    counted from it when not given, so that left padding shifts nothing. cache: a transformers
+    DynamicCache, extended in place; None computes without one.
+    """
+    if positions is None:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+    return lm.base_model(
+        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions,
+        past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+
+def lm_logits(lm, hidden):
+    """hidden [..., H] -> logits [..., V] float32; V = the tokenizer's ids, without padded rows."""
+    return lm.get_output_embeddings()(hidden)[..., : lm.num_tokens].float()
+
+
+def completion_hidden(lm, batch, embeds):
+    """Hidden states [B, T, H] that decide each completion position: the only place with an offset.
+
+    embeds [B, T, H]: the input at each completion position. The hidden state at absolute position
+    P + t - 1 decides completion position t, whose embedding is the input at P + t; so the last one
+    decides nothing and is not fed.
+    """
+    prompt = lm.get_input_embeddings()(batch["prompt_ids"])  # [B, P, H]
+    inputs = torch.cat([prompt, embeds[:, :-1]], 1)
+    exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)
+    return lm_hidden(lm, inputs, exists)[:, prompt.shape[1] - 1 :]
+
+
+def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
+    """Log-probs of ids under softmax(logits / temperature), full vocabulary, and its entropy.
+
+    hidden [B, T, H]; ids [B, T] or [B, T, K]; mask [B, T]: positions outside give 0, cost nothing
+    -> logprobs shaped like ids, entropy [B, T] (nats, detached), float32. The head runs on slices
+    of about `chunk` logits, recomputed in backward, so that [B, T, V] never exists.
+    """
+    states, wanted = hidden[mask], ids[mask]  # [n, H], [n] or [n, K]
+    size = max(1, chunk // lm.num_tokens)
+    recompute = torch.is_grad_enabled() and len(states) > size
+    parts = []
+    for start in range(0, max(1, len(states)), size):
+        args = lm, states[start : start + size], wanted[start : start + size], temperature
+        parts.append(checkpoint(gather_logprobs, *args, use_reentrant=False) if recompute
+                     else gather_logprobs(*args))
+    found, entropies = (torch.cat(values) for values in zip(*parts))
+    where = mask.view(*mask.shape, *[1] * (ids.dim() - 2)).expand(ids.shape)
+    logprobs = torch.zeros(ids.shape, device=ids.device).masked_scatter(where, found)
+    return logprobs, torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, entropies)
+
+
+def gather_logprobs(lm, states, ids, temperature):
+    """states [n, H], ids [n] or [n, K] -> log-probs shaped like ids, entropies [n]."""
+    logprobs = torch.log_softmax(lm_logits(lm, states) / temperature, -1)  # [n, V]
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, ids.view(len(ids), -1)).view(ids.shape), entropies
+
+
+def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """What ids are sampled from: temperature, then top-k, then top-p.
+
+    logits [B, V] -> scores [B, K], ids [B, K] or None. softmax(scores) are the probabilities of the
+    K candidates, 0 where top-p cut. With top_k 0 and top_p 1, K = V and ids is None: k is id k.
+    """
+    scores, ids = logits / temperature, None
+    if 0 < top_k < logits.shape[-1]:
+        scores, ids = scores.topk(top_k, -1)
+    elif top_p < 1:
+        scores, ids = scores.sort(-1, descending=True)
+    if top_p < 1:
+        probs = scores.softmax(-1)
+        scores = scores.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
+    return scores, ids
+
+
+def make_rng(device, *key):
+    """Generator seeded by what the noise is for: seed, purpose, step. A resume needs no state."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def gumbel_like(x, rng):
+    """Independent standard Gumbel noise shaped like x, float32; rng is a torch.Generator."""
+    draws = torch.empty(x.shape, device=x.device).exponential_(generator=rng)
+    return -draws.clamp(min=1e-30).log()
+
+
+def soft_embedding(probs, table, ids=None):
+    """Expected embedding, brought back to the size of one embedding: (E^T p) / ||p||_2.
+
+    probs [..., V], table (module or weight [V or more, H]) -> [..., H], dtype of the table. With
+    ids [..., K], probs [..., K] belong to those rows, all others are 0. A one-hot p gives its row
+    exactly. No gradient is stopped here.
+    """
+    weight = table.weight if isinstance(table, nn.Module) else table
+    norm = probs.float().norm(dim=-1, keepdim=True)
+    if ids is not None:
+        mean = top_k_mixture(ids, probs, weight)
+    else:
+        mean = probs.to(weight.dtype) @ weight[: probs.shape[-1]]
+    return (mean / norm).to(weight.dtype)
+
+
+def top_k_mixture(ids, weights, table):
+    """Weighted sum of K embeddings: ids, weights [..., K] -> [..., H], dtype of the table."""
+    weight = table.weight if isinstance(table, nn.Module) else table
+    bags, factors = ids.flatten(0, -2), weights.flatten(0, -2).to(weight.dtype)  # [n, K]
+    mixed = F.embedding_bag(bags, weight, mode="sum", per_sample_weights=factors)
+    return mixed.view(*ids.shape[:-1], -1)
+
+
+# ---- batches: dicts of tensors with B rows; their keys: `rollout` in a script --------------------
+
+
+def left_pad(prompts, pad_id, device):
+    """Lists of ids -> ids [N, P] padded on the left, mask [N, P] made from the lengths."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def select_rows(batch, rows):
+    """The given rows of every tensor, without the columns that are padding in all of them."""
+    picked = {name: value[rows] for name, value in batch.items()}
+    longest = int(picked["lengths"].max())
+    width = int(picked["prompt_mask"].sum(1).max())
+    for name, value in picked.items():
+        if name.startswith("prompt"):
+            picked[name] = value[:, value.shape[1] - width :]
+        elif value.dim() > 1:
+            picked[name] = value[:, :longest]
+    return picked
+
+
+def join_batches(batches):
+    """Stack batches of different widths: prompts padded on the left, completions on the right."""
+    joined = {}
+    for name in batches[0]:
+        parts = [batch[name] for batch in batches]
+        if parts[0].dim() > 1:
+            gaps = [max(p.shape[1] for p in parts) - part.shape[1] for part in parts]
+            pads = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in gaps]
+            parts = [F.pad(p, (0, 0) * (p.dim() - 2) + pad) for p, pad in zip(parts, pads)]
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def micro_batches(batch, rows, micro_batch, max_tokens=0):
+    """Row numbers, longest row first, in lists of at most micro_batch rows, max_tokens tokens."""
+    lengths = (batch["lengths"] + batch["prompt_mask"].sum(1)).tolist()
+    pieces = [[]]
+    for row in sorted(rows, key=lambda r: -lengths[r]):
+        piece = pieces[-1]
+        padded = (len(piece) + 1) * lengths[piece[0] if piece else row]
+        if piece and (len(piece) == micro_batch or 0 < max_tokens < padded):
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces

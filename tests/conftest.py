@@ -1,0 +1,87 @@
+"""Random models and a character tokenizer made in memory: no network, no cache."""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = ["<pad>", "<bos>", "<eos>", *"0123456789+-*=# abcdefgh"]
+
+
+def make_tokenizer(template=True):
+    """One token per character; `</think>` is one added token, `####` takes four."""
+    char = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    char.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    char.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=char, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in ("<think>", "</think>")])
+    if template:
+        turns = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+        tokenizer.chat_template = "{{ bos_token }}" + turns + "<think>"
+    return tokenizer
+
+
+def make_lm(kind="llama", seed=0, **changes):
+    """Random 2-layer model, hidden 32, with the attributes that load_model sets."""
+    torch.manual_seed(seed)
+    size = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=64, max_position_embeddings=256, initializer_range=0.3)
+    if kind == "gpt2":
+        lm = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4,
+                                        n_positions=256, initializer_range=0.3, attn_pdrop=0,
+                                        embd_pdrop=0, resid_pdrop=0, bos_token_id=1, eos_token_id=2))
+    elif kind == "qwen2":
+        lm = Qwen2ForCausalLM(Qwen2Config(**{**size, "num_key_value_heads": 2, **changes}))
+    else:
+        lm = LlamaForCausalLM(LlamaConfig(**{**size, **changes}))
+    lm.num_tokens, lm.compute_dtype = len(make_tokenizer()), torch.float32
+    lm.eos_ids, lm.pad_id = [2], 0
+    return lm
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def lm():
+    return make_lm()
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    """A group of one for code that reduces over ranks; gone afterwards, so main() can run again."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def save_folder(folder, lm=None, tokenizer=None):
+    """A transformers folder of a random model, for --model."""
+    (lm or make_lm()).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -520,17 +520,126 @@ def peak_memory(device):
 
 # === 2. problems and rewards ======================================================================
 
+RAW, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
+GSM8K = f"{RAW}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math"
+GSM = {"train": "17f347dc51477c50d4efb83959dbb7c5", "test": "3730d312f6e3440559ace48831e51066"}
+SVAMP = f"{RAW}/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json"
+MATH = f"{HUB}/HuggingFaceH4/MATH-500/resolve/6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl"
+AIME = f"{HUB}/math-ai/aime25/resolve/563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl"
+QWEN = f"{RAW}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+NAMED_SETS = {  # {name: {split: (address, how the file's sha256 starts, or "")}}
+    "gsm8k": {split: (f"{GSM8K}/data/{split}.jsonl", digest) for split, digest in GSM.items()},
+    "svamp": {"test": (SVAMP, "5be77703a6d891ae476d7c082787ad36")},
+    "math500": {"test": (MATH, "35dc41080a3680858b27fa7e0533d2d5")},
+    "aime25": {"test": (AIME, "b4e273c02d3e7fe1b74b59eae768fc82")},
+    **{n: {"test": (f"{QWEN}/{n}/test.jsonl", "")} for n in ("aime24", "amc23", "minerva_math")},
+}
+ANNOTATION = r"<<[^<>\n]*=[^<>\n]*>>"  # a calculator step in GSM8K's prose: <<48/2=24>>
+ENDING = re.compile(r"\.(jsonl|json|csv|parquet)(?:\.gz)?$")
+QUESTION = ("question", "prompt", "problem", "input")  # the first that a row has is used
+ANSWER = ("answer", "final_answer", "target", "answerkey", "final_ans", "solution")
 
-def load_problems(spec, split="train", limit=0):
-    return arithmetic_problems(spec, split, limit)
+
+def load_problems(spec: str, split: str = "train", limit: int = 0) -> list[dict]:
+    """[{"question", "answer", "steps" or None, "solution" or None, "source": "file:line"}, ...]."""
+    if spec.startswith("arithmetic") and not ENDING.search(spec):
+        return arithmetic_problems(spec, split, limit)
+    path = find_file(spec, split)
+    rows = [read_problem(row, f"{path}:{line}") for line, row in read_rows(path)]
+    problems = [row for row in rows if is_readable(row["answer"])]
+    if len(problems) < len(rows):
+        lost = [f"{r['source']}: {r['answer']!r:.50}" for r in rows if not is_readable(r["answer"])]
+        warn(f"{len(lost)} rows dropped, their answer is not readable: {'; '.join(lost[:5])}")
+    if not problems:
+        fail(f"{path} holds no problems" + " with a readable answer" * bool(rows))
+    return problems[:limit] if limit > 0 else problems
 
 
-def extract_answer(text, marker="####", flexible=False):
-    return text.rpartition(marker)[2].strip() if marker in text else None
+def find_file(spec, split):
+    """Path of a path, hub:owner/repo[@revision]/file or name ($LATENT_RL_DATA/gsm8k_test.jsonl)."""
+    ending, hub = ENDING.search(spec), re.fullmatch(r"hub:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", spec)
+    if ending and not spec.startswith("hub:"):
+        return os.path.expanduser(spec)
+    splits = NAMED_SETS.get(spec, {split: ("", "")})
+    for stem in [f"{spec}_{split}"] + [spec] * (list(splits) == [split]):
+        for name in (f"{stem}.jsonl.gz", f"{stem}.jsonl"):
+            if (path := Path(os.environ.get("LATENT_RL_DATA", os.devnull), name)).is_file():
+                return str(path)
+    if split not in splits or not (spec in NAMED_SETS or ending and hub):
+        known = [f"{name} ({', '.join(has)})" for name, has in NAMED_SETS.items()]
+        files = "a path or hub:owner/repo/file ending in .jsonl, .json, .csv (.gz) or .parquet"
+        fail(f"{spec} ({split}): want arithmetic, {files}, or one of {', '.join(known)}")
+    path = CACHE / "data" / re.sub(r"^\w+:/+", "", splits[split][0])
+    try:
+        if hub:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(hub[1], hub[3], repo_type="dataset", revision=hub[2])
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part, _ = urllib.request.urlretrieve(splits[split][0], f"{path}.{os.getpid()}.partial")
+            if not sha256(part).startswith(splits[split][1]):
+                fail(f"{spec}: {part} is not the pinned file, its sha256 differs")
+            os.replace(part, path)
+    except (OSError, ValueError) as error:
+        fail(f"{spec}: {first_line(error)}; offline, a path or LATENT_RL_DATA=folder of named sets")
+    return str(path)
 
 
-def is_correct(text, gold, marker="####"):
-    return extract_answer(text, marker) == gold
+def read_rows(path):
+    """Pairs (line, row) of a file; in JSON lists and parquet the line is the number of the row."""
+    kind, line = ENDING.search(path)[1], 0
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            return (yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            text = (part.decode("utf-8-sig") for part in f if (line := line + 1))  # counts lines
+            if kind == "json":
+                yield from enumerate(json.load(f), 1)
+            elif kind == "csv":
+                yield from ((line, r) for r in csv.DictReader(text, strict=True) if any(r.values()))
+            else:
+                yield from ((line, json.loads(part)) for part in text if part.strip())
+    except (ImportError, OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as e:
+        hint = "; pip install pyarrow, or convert the file to JSONL" * (kind == "parquet")
+        fail(f"cannot read {path}{f':{line}' * (line > 0)}: {first_line(e)}{hint}")
+
+
+def read_problem(row, source):
+    r"""The gold answer follows the last ####, else is a solution's last \boxed{}, else as it is."""
+    if not isinstance(row, dict) or None in row:
+        fail(f"{source}: want a JSON object, or as many CSV cells as the header has")
+    row = {key.strip().lower(): value for key, value in row.items()}
+    keys = [next((key for key in names if key in row), "") for names in (QUESTION, ANSWER)]
+    if not all(keys):
+        fail(f"{source}: found {', '.join(row)}; want one of {QUESTION} and one of {ANSWER}")
+    question, answer = (read_text(row[key], f"{source}: {key}") for key in keys)
+    question = f"{row['body'].rstrip('. ')}. {question}" if row.get("body") else question  # SVAMP
+    prose = answer if "####" in answer or keys[1] == "solution" else str(row.get("solution") or "")
+    answer = (prose == answer and extract_answer(answer)) or answer
+    if choices := row.get("choices"):  # a list, {"text": [...], "label": [...]}, or text with |
+        if not isinstance(choices, dict):
+            choices = {"text": choices.split("|") if isinstance(choices, str) else choices}
+        texts, letters = choices.get("text", []), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        names = [str(x) for x in [*choices.get("label", letters)[: len(texts)], *range(len(texts))]]
+        if answer not in names or len(names) != 2 * len(texts):
+            fail(f"{source}: answer {answer!r} is no label or index of the {len(texts)} choices")
+        question = "\n".join([question] + [f"{letters[i]}. {text}" for i, text in enumerate(texts)])
+        answer = letters[names.index(answer) % len(texts)]
+    steps = row.get("steps") or prose
+    steps = steps if isinstance(steps, list) else re.findall(ANNOTATION, str(steps))
+    steps = [read_text(step, f"{source}: steps") for step in steps] or None
+    solution = re.sub(ANNOTATION, "", prose.rpartition("####")[0] or prose).strip() or None
+    return dict(question=question, answer=answer, steps=steps, solution=solution, source=source)
+
+
+def read_text(value, where):
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if value is None or isinstance(value, list | dict) or not str(value).strip():
+        fail(f"{where} is empty or not text: {str(value):.50}")
+    return str(value).strip()
 
 
 def arithmetic_problems(spec, split="train", limit=0):
@@ -580,6 +689,255 @@ def arithmetic_problems(spec, split="train", limit=0):
 
 def apply_operation(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
+
+
+# ---- answer checking -----------------------------------------------------------------------------
+# Both answers become trees of exact values, compared node by node; no text is ever run by Python.
+
+MAX_TEXT = 50_000  # characters of a completion that are read, counted from its end
+MAX_ANSWER = 400  # characters of an answer; a longer one only equals itself
+MAX_DIGITS = 2500  # of a power
+SPELLING = {  # plain spelling: LaTeX commands; all other commands stay as they are
+    **{r"\\frac": "[dtc]frac", r"\\text": "mbox|textnormal|text(bf|it|rm)|mathrm", " ": "q?quad"},
+    **{"": "left|right|[bB]ig+[lr]?|displaystyle|boxed|fbox", "*": "cdot|times", "/": "div"},
+    **{"≤": "leq?|leqslant", "≥": "geq?|geqslant", "≠": "neq?", "<": "lt", ">": "gt", "∈": "in"},
+    **{"≈": "approx", "∪": "cup", "±": "pm", "∞": "infty", "π": "pi", "√": "sqrt", "°": "circ"},
+}
+REWRITES = [
+    (r"(?<![A-Za-z\\])(?=(?:sqrt|pi)(?![A-Za-z]))", r"\\"),
+    *((rf"\\(?:{names})(?![A-Za-z])", plain) for plain, names in SPELLING.items()),
+    (r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","),
+    (r"\\(?:text|math[a-z]+)\s*\{([0-9., ]+|[A-Za-z](?=\}[}^]))\}", r"\1"),  # \mathbf{5}
+    (r"\\text\s*\{([^{}]*)\}", r' "\1" '),
+    (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;: ])\s*(?=[0-9]{3})", ""),  # 70{,}000
+    (r"\\([{}])", r"\1"),
+    (r"\\[^A-Za-z]|\^\s*(?:°|\{\s*°\s*\})|[$€£%°~]", " "),
+    (r"_\s*\{\s*([0-9A-Za-z]+)\s*\}", r"_\1"),
+    (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+    (r"(?<![0-9.])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"(\1+\2/\3)"),  # mixed
+    (r"(?<![0-9.])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
+]
+CHARACTERS = str.maketrans("\u2212\u2013×·÷:", "--**//")
+MATRIX = re.compile(r"[(\[]? ?\\begin\{\w+\}(?:\{[lcr|]*\})?(.*)\\end\{\w+\} ?[)\]]?")
+WORDS = re.compile(r'".*|(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z "\'.()-]*')
+UNIT = re.compile(  # at the end of a number, without words that would change its value
+    r"(?<=[0-9)}π])(?!.*\b(?:hundred|thousand|[mb]illion|dozen|half|thirds?|not?|less|more|times)\b)"
+    r'(?: *"| +[A-Za-z]{3}| ?(?:[kcm]m|[km]g|m[lL]|ft|in|lb|oz)\b| +[mgshL]\b)'
+    r'(?:[A-Za-z" /.]|\^ *\{? *-? *[0-9] *\}?|[²³])*$'
+)
+SYMBOL = r"(?:\\[A-Za-z]+|[A-Za-z]|[0-9]+(?=_))(?:_[0-9A-Za-z]+)?|[π∞]"  # 52_8 is one, too
+NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2}\b)?"
+TOKEN = re.compile(rf"{SYMBOL}|{NUMBER}|\S")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+STRENGTH = {"+": 1, "*": 2, "/": 2, "^": 4}
+CHOICE = re.compile(  # the phrase, filler, the letter; a small letter only where the phrase ends
+    r"(?i:\b(?:answer|option|choice)(?:\** ?[:-]| (?:is|(?:must|would) be)\b)|\bit(?:'s| is)\b)"
+    r"(?i:[\s:*$({\[]|\\(?:text|boxed)\b|option\b|choice\b|for sure\b|definitely\b){0,12}"
+    r"([A-Z](?![\w'])|[a-j](?=[\s)}*$]{0,6}(?:[.,;\n]|$)))"
+)
+LABEL = re.compile(  # the letter alone, or before a bracket, dot or colon
+    r"(?m)^[ \t*$({\[]{0,6}(?:\\(?:text|math)\w*\{)?(?:[Oo]ption )?\(?"
+    r"([A-Z](?=[.:)}*$\]]|[ \t]*$)|[a-z](?=[).\s]{0,3}\Z))"
+)
+RIVAL = re.compile(r"[\s)}*$.\]]{0,6}(?:or\b|(?:and|,|/|&)[\s*$({\[]{0,6}[A-HJ-Z](?![\w']))")
+LETTER = re.compile(r"\s{0,9}(?:\\text\{)?\(?([A-Z])\)?\}?\s{0,9}")
+
+
+def extract_answer(text: str, marker: str = "####", flexible: bool = False) -> str | None:
+    """Last closed box after the last marker, else the line after it; no marker: the last box."""
+    _, found, text = text.rstrip()[-MAX_TEXT:].rpartition(marker)
+    opened, box = [], None
+    for match in re.finditer(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", text):
+        if match[0][-1] == "{" and match[0] != r"\{":
+            opened.append(match)
+        elif match[0] == "}" and opened:
+            opener = opened.pop()
+            box = text[opener.end() : match.start()] if opener[0] != "{" else box
+    if box is not None:
+        return box
+    if found or not flexible:  # a special token such as <|endoftext|> ends the line, too
+        return text.strip().partition("\n")[0].partition("<|")[0].strip() if found else None
+    # For evaluation only, since a policy under training would learn to exploit these guesses.
+    text = re.split(r"(?i)\banswer(?:\s+is\b|\s*:)", text)[-1]
+    guesses = re.findall(r"\$([^$]+)\$|(-?[0-9][0-9,.]*)", text)
+    return "".join(guesses[-1]) if guesses else text
+
+
+def is_correct(completion: str, gold: str, marker: str = "####") -> bool:
+    """Is the marked or boxed answer the gold one? A gold letter may also be stated in prose."""
+    answer = extract_answer(completion, marker)
+    return answers_equal(completion if answer is None and LETTER.fullmatch(gold) else answer, gold)
+
+
+def is_readable(gold: str) -> bool:
+    """Can the checker interpret this gold answer, so that other spellings of it count?"""
+    return bool(gold.strip()) and read_answer(gold)[0] != "unreadable"
+
+
+def answers_equal(predicted: str | None, gold: str) -> bool:
+    """Are two extracted answers the same value, structure, option or text?"""
+    if predicted is None or predicted.strip() == gold.strip():
+        return bool(predicted and predicted.strip())
+    if LETTER.fullmatch(gold):
+        return stated_letter(predicted[-MAX_TEXT:]) == LETTER.fullmatch(gold)[1]
+    return same(read_answer(predicted), read_answer(gold))
+
+
+def stated_letter(text):
+    """The option that a text states last, or the only one that labels a line; None if unclear."""
+    stated, labels = list(CHOICE.finditer(text)), list(LABEL.finditer(text))
+    if not stated and len({match[1] for match in labels}) != 1:
+        return None
+    last = (stated or labels)[-1]
+    return None if RIVAL.match(text, last.end(1)) else last[1].upper()
+
+
+def read_answer(text):
+    """Tree of an answer after each symbol has one spelling; currency, percent, degrees dropped."""
+    if len(text) > MAX_ANSWER:
+        return "unreadable", text
+    text = text.strip(" *").replace("\\\\", ";" if "\\begin" in text else "\\")  # matrix rows
+    for pattern, plain in REWRITES:
+        text = re.sub(pattern, plain, text)
+    text = text.replace("**", "^").replace("<=", "≤").replace(">=", "≥").translate(CHARACTERS)
+    text = " ".join(text.split()).lstrip(" *=,;").rstrip(" *.,;/")
+    if not re.search(r"[(\[{]", text):  # in brackets a comma always separates
+        text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    try:
+        return read_tree(text)
+    except (ValueError, ArithmeticError, RecursionError):  # syntax; 1/0, overflow; nesting
+        return "unreadable", text.replace(" ", "")
+
+
+def split_top(text, separators):
+    """Parts of the text between separators outside all brackets, and those separators."""
+    parts, found, depth, start = [], "", 0, 0
+    for k, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0 and char in separators:
+            parts.append(text[start:k].strip())
+            found += char
+            start = k + 1
+    return [*parts, text[start:].strip()], found
+
+
+def read_tree(text):
+    """(form, content): a number, words, a named tree, or the trees of a list, matrix, relation."""
+    matrix = MATRIX.fullmatch(text)
+    if matrix:
+        rows = [row.split("&") for row in matrix[1].split(";")]
+        cells = [cell.strip() for row in rows for cell in row]
+        return f"{len(rows[0])} columns", [read_tree(cell) for cell in cells if cell]
+    for form, separator in (("∪", "∪"), ("", ";"), ("", ",")):
+        parts, found = split_top(text, separator)
+        if found:
+            return form, [read_tree(part) for part in parts if part]
+    parts, signs = split_top(text, "=≈∈<>≤≥≠")
+    if signs:
+        name = re.sub(r"_[0-9]+|\s", "", parts[0])  # x, f(x), (p,q), m+n, but not a^2+b
+        if set(signs) <= set("=≈∈") and re.fullmatch(r"[^0-9]*[A-Za-z][^0-9]*", name):
+            return "named", [("text", name), read_tree(parts[-1])]
+        if set(signs) <= set(">≥"):  # 5 > x is x < 5
+            parts, signs = parts[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
+        return signs, [read_tree(part) for part in parts]
+    if "±" in text:
+        return "", [read_tree(text.replace("±", sign)) for sign in "+-"]
+    if text[:1] in BRACKETS and split_top(text, ")]}")[0] == [text[:-1].strip(), ""]:
+        form, parts = text[0] + text[-1], split_top(text[1:-1], ",;")[0]
+        if len(parts) == 1 and form in ("()", "{}"):
+            return read_tree(parts[0])
+        return form, [read_tree(part) for part in parts]
+    return read_atom(text)
+
+
+def read_atom(text):
+    """Words, or a number with the count of its decimals; a unit is dropped."""
+    if WORDS.fullmatch(text):
+        return "text", " ".join(text.replace('"', " ").casefold().split()).strip(" .")
+    text = UNIT.sub("", text)
+    decimal = re.fullmatch(r"[+-]?\s*[0-9]*\.([0-9]+)", text)
+    tokens = ["", *reversed(TOKEN.findall(text))]  # taken from the end; "" ends the text
+    value = read_expression(tokens)
+    if tokens != [""] or not abs(value) < 10**300:  # beyond, floats overflow or are inf or nan
+        raise ValueError("text after the expression, or too large")
+    return "number", (value, len(decimal[1]) if decimal else 0)
+
+
+def read_expression(tokens, strength=0):
+    """Value of the operators that bind more than strength: Fraction while rational, else float."""
+    value = read_operand(tokens)
+    while True:
+        # 2x has no operator, and a sign is left to its term; "1 8" is neither 18 nor 8
+        operator = re.sub(r"^[A-Za-z\\(\[{√π∞].*", "*", tokens[-1]).replace("-", "+")
+        if STRENGTH.get(operator, 0) <= strength:
+            return value
+        if operator == tokens[-1] != "+":
+            tokens.pop()
+        right = read_expression(tokens, min(STRENGTH[operator], 3))
+        if operator == "^":
+            if len(str(value)) * abs(right) > MAX_DIGITS:
+                raise ValueError("power out of bounds")
+            value = value**right
+        elif operator == "/":
+            value = value / right
+        else:
+            value = value + right if operator == "+" else value * right
+
+
+def read_operand(tokens):
+    """A number, bracket, root, fraction or symbol; a symbol is a fixed pseudo-random rational."""
+    token = tokens.pop()
+    if token in ("+", "-"):
+        return Fraction(token + "1") * read_expression(tokens, 2)  # -x^2 is -(x^2)
+    if token in BRACKETS:
+        value = read_expression(tokens)
+        if tokens.pop() != BRACKETS[token]:
+            raise ValueError("wrong bracket")
+        return value
+    if token == r"\frac":
+        return read_operand(tokens) / read_operand(tokens)
+    if token == "√":
+        degree = abs(read_operand(tokens)) if tokens[-1] == "[" else 2
+        return read_operand(tokens) ** (1 / float(degree))
+    if re.fullmatch(NUMBER, token):
+        return Fraction(token)
+    if not re.fullmatch(SYMBOL, token):
+        raise ValueError("unknown character")
+    if re.match(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)", token):
+        token += str(read_operand(tokens))  # equal arguments give equal values
+    # Expressions that agree at this point are the same polynomial, but for a chance near 2^-31.
+    return 1 + Fraction(pow(int.from_bytes(token.encode(), "big") + 2**30, 65537, 2**31 - 1), 2**31)
+
+
+def same(left, right):
+    """Do two trees hold equal values? Bare lists, sets and unions may be in another order."""
+    if left[0] != right[0]:  # x = 5 is 5, but not y = 5
+        left, right = (tree[1][1] if tree[0] == "named" else tree for tree in (left, right))
+    (form, items), (other, others) = left, right
+    forms = {form, other}
+    if forms == {"number"}:
+        return same_number(*items, *others)
+    if forms in ({"text"}, {"unreadable"}):
+        return items == others
+    if len(items) != len(others) or len(forms) > 1 and forms not in ({"", "()"}, {"", "{}"}):
+        return False
+    named = [[item[0] == "named" for item in side] for side in (items, others)]
+    if named[0] != named[1] or len(items) > 40 or not forms <= {"", "{}", "∪"}:
+        return all(map(same, items, others))
+    counts = [[sum(same(a, b) for b in side) for a in items] for side in (items, others)]
+    return counts[0] == counts[1]
+
+
+def same_number(left, decimals, right, other_decimals):
+    """Equal, or a long decimal against the endless value it rounds: 0.333333 = 1/3, not 0.33."""
+    error, slack = abs(left - right), 1e-13 * abs(right)
+    exact = isinstance(left, Fraction) and isinstance(right, Fraction)
+    if error <= (0 if exact else slack):
+        return True
+    value = right if decimals else left
+    ends = exact and pow(10, 4096, value.denominator) == 0  # 17.9999999 is not 18
+    digits = decimals or other_decimals
+    return not ends and digits >= (6 if exact else 10) and error <= 10.0**-digits + slack
 
 
 def grade(batch, problems, tokenizer, marker):

@@ -146,6 +146,7 @@ PRESETS = {
 # === 2. the method ================================================================================
 
 NEEDS_OLD_LOGPROBS = False  # no ratio: one update per rollout
+PLAIN = {"hybrid": False}  # the Config values that switch the method off
 METHOD_METRICS = ("gate_a", "hidden_ratio", "hidden_ratio_decay_only")
 
 

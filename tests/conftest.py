@@ -49,7 +49,8 @@ def make_lm(kind="llama", seed=0, **changes):
     if kind == "gpt2":
         lm = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4,
                                         n_positions=256, initializer_range=0.3, attn_pdrop=0,
-                                        embd_pdrop=0, resid_pdrop=0, bos_token_id=1, eos_token_id=2))
+                                        embd_pdrop=0, resid_pdrop=0, bos_token_id=1,
+                                        eos_token_id=2))
     elif kind == "qwen2":
         lm = Qwen2ForCausalLM(Qwen2Config(**{**size, "num_key_value_heads": 2, **changes}))
     else:

@@ -1,0 +1,255 @@
+"""Damaged checkpoints, full disks, used folders, changed settings and NaN: what a run does then."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import ROOT, make_lm, save_folder
+from runs import METHODS, differences, flags, launch, rows, train, tree, wait_until
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import common
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=METHODS)
+def method(request, monkeypatch):
+    script, load = import_module(request.param), common.load_problems
+    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
+        spec, split, limit or 64))
+    return request.param
+
+
+@pytest.fixture
+def run(method, model, tmp_path):
+    """A finished run with checkpoints at steps 2 and 4."""
+    assert isinstance(train(method, flags(model, tmp_path / "run")), dict)
+    return tmp_path / "run"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+def fill_with_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES = [(cut, "trainer.pt"), (cut, "hf/model.safetensors"), (flip_a_bit, "hf/model.safetensors"),
+           (flip_a_bit, "trainer.pt"), (remove, "manifest.json"), (cut, "manifest.json"),
+           (fill_with_zeros, "manifest.json"), (remove, "hf/latent/method.safetensors")]
+
+
+@pytest.mark.parametrize("damage, name", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_by_name_and_set_aside(run, capsys, damage, name):
+    damage(run / "step_000004" / name)
+    before = tree(run)
+    assert common.find_resume(run, "auto", {}, ()) == run / "step_000002"
+    warning, = capsys.readouterr().err.splitlines()
+    assert "step_000004" in warning and warning.startswith("warning: ") and tree(run) == before
+    common.open_run(run, {}, __file__, 2)
+    invalid, = run.glob("*.invalid")
+    assert invalid.name.startswith("step_000004.")
+    assert common.latest_checkpoint(run) == run / "step_000002"
+
+
+def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_end(method, model, run, tmp_path):
+    shutil.copytree(run, tmp_path / "whole")
+    flip_a_bit(run / "step_000004" / "trainer.pt")
+    assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
+    assert differences(run / "step_000004", tmp_path / "whole" / "step_000004") == []
+    assert rows(run) == rows(tmp_path / "whole")
+    assert len([*run.glob("*.invalid")]) == 1
+
+
+def test_without_any_valid_checkpoint_a_run_says_so_and_starts_again(
+        method, model, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "whole")
+    for folder in run.glob("step_*"):
+        cut(folder / "trainer.pt")
+    assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert len([*run.glob("*.invalid")]) == 2
+    assert differences(run / "step_000004", tmp_path / "whole" / "step_000004") == []
+    assert rows(run) == rows(tmp_path / "whole")
+
+
+FULL = [("torch", "save", RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64")),
+        ("torch", "save", OSError(28, "No space left on device")),
+        ("common", "save_file", SafetensorError("I/O error: No space left on device"))]
+
+
+@pytest.mark.parametrize("module, function, error", FULL)
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on_until_the_last_save(
+        method, model, tmp_path, monkeypatch, capsys, module, function, error):
+    out, saves = tmp_path / "run", []
+    write = getattr(import_module(module), function)
+
+    def fills_up(data, path, *args):
+        saves.append(path)
+        if len(saves) > 1:
+            path.write_bytes(b"a part")
+            raise error
+        return write(data, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{function}", fills_up)
+        code = train(method, flags(model, out, "--steps 6"))
+    assert code not in (0, None, 2) and "could not be written" in str(code)
+    assert len(saves) == 3 and len(rows(out, "train")) == 6
+    assert [p.name for p in out.glob("step_*")] == ["step_000002"]
+    assert not common.checkpoint_defect(out / "step_000002")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "NOT saved" in line]
+    assert len(warnings) == 2 and "step_000004" in warnings[0] and "MiB free" in warnings[0]
+    assert isinstance(train(method, flags(model, out, "--steps 6 --resume auto")), dict)
+
+
+def test_a_used_folder_is_refused_and_left_as_it_was(method, model, run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    for folder in (run, tmp_path / "mine"):
+        before = tree(folder)
+        assert train(method, flags(model, folder)) == 2
+        message, = capsys.readouterr().err.splitlines()
+        assert "not empty" in message and "--resume auto" in message and "another" in message
+        assert tree(folder) == before
+
+
+def test_resume_refuses_changed_settings_by_name(method, model, run, tmp_path, monkeypatch, capsys):
+    script, before = import_module(method), tree(run)
+    other = save_folder(tmp_path / "other", make_lm(seed=1))
+
+    def refused(*names, model=model, more=""):
+        assert train(method, flags(model, run, f"--resume auto {more}")) == 2
+        message, = capsys.readouterr().err.splitlines()
+        assert all(f"{name}: saved" in message for name in names) and tree(run) == before
+
+    refused("seed", "lr", more="--seed 1 --lr 0.02")
+    refused("steps", "group_size", "train", more="--steps 5 --group_size 2 --train arithmetic:3")
+    refused("model", model=other)
+    with monkeypatch.context() as patch:  # the same path, other weights
+        patch.setattr(script, "load_model", lambda name, *args: common.load_model(other, *args))
+        refused("model_sha")
+    with monkeypatch.context() as patch:  # the same name, other problems
+        patch.setattr(script, "load_problems", lambda *args: common.load_problems(*args[:2], 63))
+        refused("data_sha")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "METHOD", "another")
+        refused("method")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("world_size")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
+        method, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # the other process has all problems
+    out, endless = tmp_path / "run", "--steps 100000 --save_every 100000 --eval_every 100000"
+    train(method, flags(model, out, f"{endless} --stop_after 2"))
+    argv = flags(model, out, f"{endless} --resume auto")
+    first = launch(ROOT / f"{method}.py", argv, tmp_path / "log")
+    try:
+        wait_until(lambda: len(rows(out, "train")) > 4)
+        capsys.readouterr()
+        assert train(method, argv) == 2
+        message, = capsys.readouterr().err.splitlines()
+        assert "in use by another process" in message and first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    lock = common.open_run(out, {}, __file__, 0)  # the lock dies with its process
+    lock.close()
+
+
+def spoiled(script, steps):
+    """The script's policy_loss, NaN in the given calls (counted from 1, one a step)."""
+    calls, loss = [], script.policy_loss
+
+    def policy_loss(outputs, batch, cfg):
+        calls.append(1)
+        return loss(outputs, batch, cfg) * (float("nan") if len(calls) in steps else 1)
+
+    return policy_loss
+
+
+def test_an_update_whose_gradient_is_nan_is_skipped_and_counted(
+        method, model, tmp_path, monkeypatch):
+    script, out = import_module(method), tmp_path / "run"
+    monkeypatch.setattr(script, "policy_loss", spoiled(script, {3}))
+    assert isinstance(train(method, flags(model, out, "--save_every 1 --keep_checkpoints 9")), dict)
+    assert [r["skipped"] for r in rows(out, "train")] == [0, 0, 1, 0]
+    assert rows(out, "train")[2]["grad_norm"] is None
+    changed = differences(out / "step_000002", out / "step_000003")
+    assert sorted(changed) == ["/skipped", "/step"]  # no weight, no moment, no AdamW step counter
+    assert len(differences(out / "step_000003", out / "step_000004")) > 8
+
+
+def test_five_nan_updates_in_a_row_stop_the_run_with_a_checkpoint_that_goes_on(
+        method, model, tmp_path, monkeypatch):
+    script, out = import_module(method), tmp_path / "run"
+    more = "--steps 20 --save_every 100"
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "policy_loss", spoiled(script, {1, 2, 3, 4, *range(6, 30)}))
+        code = train(method, flags(model, out, more))
+    assert "5 updates in a row" in code and len(rows(out, "train")) == 10
+    values = torch.load(out / "step_000010" / "trainer.pt", weights_only=True)["policy"].values()
+    assert all(value.isfinite().all() for value in values)
+    assert isinstance(train(method, flags(model, out, f"{more} --resume auto")), dict)
+    assert [r["skipped"] for r in rows(out, "train")][9:] == [1] + [0] * 10
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_nan_in_the_model_ends_in_a_clear_error(method, model, tmp_path, name):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights[name][5] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FloatingPointError, match="NaN"):
+        train(method, flags(broken, tmp_path / "run"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_never_runs_pickled_code(method, model, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = run / "step_000004" / "trainer.pt"
+    torch.save({"step": 4, "policy": {}, "optimizer": Evil()}, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["trainer.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights_only"):
+        train(method, flags(model, run, "--resume auto"))
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)  # the trap is a real one
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_model_folder_with_pickled_weights_only_is_refused(method, model, tmp_path, capsys):
+    folder = shutil.copytree(model, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert train(method, flags(folder, tmp_path / "run")) == 2
+    error, = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "--model" in error and not (tmp_path / "run").exists()

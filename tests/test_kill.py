@@ -1,0 +1,194 @@
+"""Stopped from outside: signals, a dead rank, a dead launcher, kill -9 in the middle of a save."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_lm, make_tokenizer, save_folder
+from runs import METHODS, differences, flags, launch, rows, train, wait_until
+
+import common
+
+SLOW = "--steps 80 --max_completion_length 24 --save_every 1000 --eval_every 1000"
+ENDLESS = SLOW.replace("80", "100000")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def stop_in_the_middle(method, model, out, signum, ranks):
+    """Start a run, send the signal to what the user started -> (exit code, seconds it took)."""
+    job = launch(ROOT / f"{method}.py", flags(model, out, SLOW), out.parent / "log", ranks)
+    try:
+        wait_until(lambda: len(rows(out, "train")) >= 3)
+        clock = time.time()
+        job.send_signal(signum)
+        code = job.wait(30)
+    finally:
+        job.kill()
+    step = rows(out, "train")[-1]["step"]
+    assert 3 <= step < 80, "the run ended before the signal; make it longer"
+    assert common.latest_checkpoint(out).name == f"step_{step:06d}"  # nothing lost
+    return code, time.time() - clock
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_if_never_stopped(
+        method, model, tmp_path, signum, code):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    found, seconds = stop_in_the_middle(method, model, out, signum, ranks=1)
+    assert (found, seconds < 10) == (code, True)
+    assert isinstance(train(method, flags(model, out, f"{SLOW} --resume auto")), dict)
+    assert isinstance(train(method, flags(model, whole, SLOW)), dict)
+    assert differences(out / "step_000080", whole / "step_000080") == []
+    assert rows(out) == rows(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_leaves_a_checkpoint_too(method, model, tmp_path, signum):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    code, seconds = stop_in_the_middle(method, model, out, signum, ranks=2)
+    assert code != 0 and seconds < 20
+    for folder, more in ((out, "--resume auto"), (whole, "")):
+        argv = flags(model, folder, f"{SLOW} {more}")
+        job = launch(ROOT / f"{method}.py", argv, tmp_path / "log", ranks=2)
+        assert job.wait(120) == 0, (tmp_path / "log").read_text()
+    assert differences(out / "step_000080", whole / "step_000080") == []
+    assert rows(out) == rows(whole)
+
+
+@pytest.mark.parametrize("moment", ["rollout", "evaluate"])
+def test_a_signal_drops_the_rollout_or_evaluation_that_it_interrupts(
+        method, model, tmp_path, monkeypatch, moment):
+    script, out = import_module(method), tmp_path / "run"
+    work, calls = getattr(script, moment), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(script, moment, interrupted)
+    assert train(method, flags(model, out)) == 143
+    step = {"rollout": 1, "evaluate": 4}[moment]  # evaluations at 0, 2, 4; their rollouts count
+    assert [r["step"] for r in rows(out, "train")] == [*range(1, step + 1)]
+    assert [r["step"] for r in rows(out, "eval")] == [*range(0, step, 2)]
+    monkeypatch.undo()
+    assert isinstance(train(method, flags(model, out, "--resume auto")), dict)
+    assert isinstance(train(method, flags(model, tmp_path / "whole")), dict)
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_does_not_wait(method, model, tmp_path, monkeypatch):
+    script = import_module(method)
+
+    def stuck(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(script, "rollout", stuck)
+    with pytest.raises(KeyboardInterrupt):
+        train(method, flags(model, tmp_path / "run"))
+
+
+def worker_pids(launcher):
+    """Children of a process: the ranks of a torchrun."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def alive(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+def test_when_a_rank_or_the_launcher_is_killed_the_whole_job_ends(method, model, tmp_path, victim):
+    out, argv = tmp_path / "run", flags(model, tmp_path / "run", ENDLESS)
+    job = launch(ROOT / f"{method}.py", argv, tmp_path / "log", ranks=2)
+    workers = []
+    try:
+        wait_until(lambda: len(rows(out, "train")) >= 3)
+        workers = worker_pids(job.pid)
+        assert len(workers) == 2
+        victims = {"launcher": job.pid, "rank 0": min(workers), "rank 1": max(workers)}
+        os.kill(victims[victim], signal.SIGKILL)
+        assert job.wait(30) != 0
+        wait_until(lambda: not any(alive(pid) for pid in workers), 30)
+        if victim == "launcher":  # the ranks notice, agree, and save
+            assert common.latest_checkpoint(out).name != "step_000000"
+    finally:
+        for pid in [job.pid, *workers]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+
+
+def save_without_end(out, policy, tokenizer, optimizer, step, acknowledge):
+    lock = common.open_run(out, {}, __file__, step)
+    while lock:
+        step += 1
+        state = {"step": step, "skipped": 0}
+        assert common.save_checkpoint(out, policy, tokenizer, optimizer, {}, state, 2)
+        os.write(acknowledge, b".")
+
+
+def test_whenever_a_save_is_killed_the_newest_complete_checkpoint_loads(tmp_path):
+    """Run below in a process of its own, which forks one that saves and kills it, 24 times."""
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0 and "24 kills" in done.stdout, done.stdout + done.stderr
+
+
+def kill_saves(folder, kills=24):
+    script, out, rng = import_module(METHODS[0]), folder / "run", random.Random(0)
+    cfg, tokenizer = script.parse_config(["--device", "cpu"]), make_tokenizer()
+    policy = script.Policy(make_lm(), tokenizer, cfg)
+    optimizer = torch.optim.AdamW(script.param_groups(policy, cfg))
+    sum(p.square().sum() for p in policy.parameters()).backward()
+    optimizer.step()
+    step, cut_short = 0, 0
+    for _ in range(kills):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_without_end(out, policy, tokenizer, optimizer, step, writing)
+        os.close(writing)
+        os.read(reading, 1)  # the first save is through
+        time.sleep(rng.random() * 0.2)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saved = step + 1 + len(os.read(reading, 9999))
+        os.close(reading)
+        cut_short += any(out.glob("*.partial"))
+        latest = common.find_resume(out, "auto", {}, ())
+        state = common.load_checkpoint(latest, policy, optimizer, {}, ())
+        assert state["step"] in (saved, saved + 1), f"step {state['step']} after {saved} saves"
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        step = state["step"]
+    assert not any(out.glob("*.invalid")) and cut_short > kills / 4
+    print(f"{kills} kills, {step} checkpoints, {cut_short} saves cut short")
+
+
+if __name__ == "__main__":
+    kill_saves(Path(sys.argv[1]))

@@ -1,0 +1,220 @@
+"""What the update computes about a rollout is what the rollout did, however rows are batched."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import make_lm, make_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common import lm_logits, make_rng, select_rows
+
+torch.set_num_threads(1)  # models this small lose a factor of ten to thread switching
+METHODS = ["hrpo"]
+CHANGES = {"hrpo": dict(r_min=0.2, r_max=0.9)}  # strong mixing, so that an error in it is visible
+EOS = (2, 5, 8, 11)  # ids that end a completion; a random model hits one of them soon
+HASHES = ["#", "##", "###", "a#", "#b", "##c", "d", "e", " "]
+PROMPTS = [[1, 4, 6], [1, 6, 7, 12, 9, 10, 13, 3], [4], [1, 17, 17, 17, 17, 12]]
+
+
+def hash_tokenizer():
+    """Many ids hold a `#`: `####` takes two to four tokens and appears in most completions."""
+    words = ["<pad>", "<bos>", "<eos>", *HASHES, *(f"{w}{w}" for w in HASHES[3:])]
+    words += [f"{a}{b}" for a, b in zip("fghijklmnop", "#" * 11)]  # 29 ids, as conftest's
+    text = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    text.pre_tokenizer, text.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=text, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def build(method, kind="llama", tokenizer=None, eos=EOS, pad=0, seed=0, **changes):
+    """-> module, policy, cfg; every parameter the method adds is made large."""
+    module, lm = importlib.import_module(method), make_lm(kind, seed)
+    lm.eos_ids, lm.pad_id = list(eos), pad
+    own = {"answer_marker": "7", "max_completion_length": 14, **CHANGES[method], **changes}
+    cfg = module.Config(**{**module.PRESETS["tiny"], **own})
+    policy = module.Policy(lm, tokenizer or make_tokenizer(), cfg)
+    for name, p in policy.named_parameters():
+        if not name.startswith(("lm.", "table.")) and p.dim() > 1:
+            p.data.mul_(20)
+    return module, policy, cfg
+
+
+def draw(module, policy, cfg, prompts=PROMPTS, group_size=3, greedy=False, seed=0):
+    return module.rollout(policy, prompts, cfg, make_rng("cpu", seed), group_size, greedy)
+
+
+def score(policy, batch):
+    with torch.no_grad():
+        return policy(batch)["logprobs"]
+
+
+def gradients(module, policy, cfg, batch, micro_batch=8, max_tokens=0):
+    """The gradient of one update with plus and minus 1 as advantages, by SGD at rate 1."""
+    cfg.micro_batch, cfg.max_tokens, cfg.kl_coef = micro_batch, max_tokens, 0.0
+    cfg.max_grad_norm, cfg.warmup_steps = 1e9, 0
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.SGD([{"params": list(trained.values()), "initial_lr": 1.0}], 1.0)
+    sign = 1.0 - 2.0 * (torch.arange(len(batch["lengths"])) % 2)
+    batch = {**batch, "advantages": sign[:, None] * batch["loss_mask"]}
+    names = ("entropy", "kl", *module.METHOD_METRICS, "grad_norm", "skipped")
+    sums, peaks = {n: [0.0, 0.0] for n in names}, {"ratio_max": 0.0, "logprob_gap": 0.0}
+    module.update(policy, policy, None, optimizer, batch, cfg, 0, sums, peaks)
+    found = {n: before[n] - p.detach() for n, p in trained.items()}
+    for n, p in trained.items():
+        p.data.copy_(before[n])
+    return found, sums
+
+
+def hrpo_input(policy, cfg, ids, logits):
+    """The specification's next input, in float64 and one row: -> input, soft token, thinking."""
+    gate, E = policy.gate, policy.table.weight.detach().double()
+    logits, e = logits.double() / cfg.temperature, E[ids[-1]]
+    if cfg.top_k:
+        logits[logits < logits.sort(descending=True).values[cfg.top_k - 1]] = -torch.inf
+    p = logits.exp() / logits.exp().sum()
+    s = sum(p[v] * E[v] for v in range(len(p))) / (p * p).sum().sqrt()
+    W_r, b_r, W_i, b_i, Lambda = (
+        x.detach().double() for x in (gate.gate_r.weight, gate.gate_r.bias, gate.gate_i.weight,
+                                      gate.gate_i.bias, gate.Lambda))
+    r, i = 1 / (1 + (-(W_r @ e + b_r)).exp()), 1 / (1 + (-(W_i @ e + b_i)).exp())
+    a = (-8 * (1 + (-Lambda).exp()).log() * r).exp()
+    thinking = cfg.answer_marker not in policy.marker.tokenizer.decode(ids)
+    return a * e + (1 - a * a + 1e-8).sqrt() * i * s if thinking else e, s, thinking
+
+
+NAIVE_INPUT = {"hrpo": hrpo_input}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_update_recomputes_the_logits_and_logprobs_of_the_rollout(method, kind, monkeypatch):
+    module, policy, cfg = build(method, kind, temperature=1.3, top_k=20)
+    step = module.next_input
+
+    def keep_logits(policy, logits, *args):
+        ids, embeds, record, state = step(policy, logits, *args)
+        return ids, embeds, {**record, "logits": logits}, state
+
+    monkeypatch.setattr(module, "next_input", keep_logits)
+    batch = draw(module, policy, cfg, group_size=4)
+    mask, lengths = batch["loss_mask"], batch["lengths"].tolist()
+    assert len(set(lengths)) > 4 and batch["latent_mask"].any()  # rows left at different times
+    with torch.no_grad():
+        logits = lm_logits(policy.lm, policy.hidden(batch)[0])
+    gap = (logits - batch["logits"])[mask].abs().max()
+    assert gap <= 1e-5 * batch["logits"].abs().max().clamp(min=1)
+    gap = (score(policy, batch) - batch["rollout_logprobs"])[mask]
+    assert gap.abs().max() <= 1e-5 and (gap.exp() - 1).abs().max() <= 1e-5  # the ratio is 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind):
+    module, policy, cfg = build(method, kind, temperature=0.7, top_k=9, max_completion_length=9)
+    batch = draw(module, policy, cfg, group_size=2)
+    with torch.no_grad():
+        hidden, _ = policy.hidden(batch)
+        for row, length in enumerate(batch["lengths"].tolist()):
+            prompt, ids = PROMPTS[row // 2], batch["completion_ids"][row].tolist()
+            inputs = [policy.table.weight[i] for i in prompt]
+            for t in range(length):
+                states = policy.lm.base_model(inputs_embeds=torch.stack(inputs)[None])[0][0, -1]
+                torch.testing.assert_close(hidden[row, t], states, rtol=1e-5, atol=1e-5)
+                logits = (policy.lm.get_output_embeddings().weight @ states)[: policy.lm.num_tokens]
+                x, s, latent = NAIVE_INPUT[method](policy, cfg, ids[: t + 1], logits)
+                inputs.append(x.float())
+                assert bool(batch["latent_mask"][row, t]) == latent
+                if "soft_embeds" in batch:
+                    torch.testing.assert_close(
+                        batch["soft_embeds"][row, t], s.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_alone_equals_the_same_row_under_any_padding(method, kind):
+    module, policy, cfg = build(method, kind)
+    batch = draw(module, policy, cfg)
+    whole = score(policy, batch)
+    wide = {n: torch.cat([v[:, :1].expand(-1, 5) * (n == "prompt_ids"), v], 1)
+            if n.startswith("prompt") else v for n, v in batch.items()}
+    assert not wide["prompt_mask"][:, :5].any()
+    torch.testing.assert_close(score(policy, wide), whole, rtol=0, atol=1e-5)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        alone = score(policy, select_rows(batch, [row]))
+        assert alone.shape == (1, length)
+        torch.testing.assert_close(alone[0], whole[row, :length], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_after_eos_changes_logprobs_loss_or_gradients(method):
+    module, policy, cfg = build(method)
+    batch, rng = draw(module, policy, cfg), torch.Generator().manual_seed(1)
+    dead = ~batch["completion_mask"]
+    assert dead.sum() > 20
+    other = {n: v.clone() for n, v in batch.items()}
+    other["completion_ids"][dead] = torch.randint(29, (int(dead.sum()),), generator=rng)
+    other["latent_mask"][dead] = True
+    for name in set(batch) & {"soft_embeds"}:
+        other[name][dead] = 9.0
+    torch.testing.assert_close(score(policy, other), score(policy, batch), rtol=0, atol=1e-7)
+    one, _ = gradients(module, policy, cfg, batch)
+    two, _ = gradients(module, policy, cfg, other)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_eos_itself_is_trained_on(method):
+    module, policy, cfg = build(method)
+    batch = draw(module, policy, cfg)
+    rows = batch["finished"].nonzero()[:, 0]
+    last = batch["lengths"][rows] - 1
+    assert batch["loss_mask"][rows, last].all() and (score(policy, batch)[rows, last] < 0).all()
+
+
+@pytest.mark.parametrize("marker", ["##", "####", "#"])
+@pytest.mark.parametrize("method", METHODS)
+def test_latent_positions_are_those_before_the_marker_in_the_decoded_text(method, marker):
+    tokenizer = hash_tokenizer()
+    module, policy, cfg = build(method, tokenizer=tokenizer, answer_marker=marker, eos=(2, 8, 11),
+                                temperature=4.0, max_completion_length=20)
+    batch = draw(module, policy, cfg, group_size=16)
+    switches, dropped_before, split = 0, 0, 0
+    for row, length in enumerate(batch["lengths"].tolist()):
+        ids = batch["completion_ids"][row].tolist()
+        texts = [tokenizer.decode(ids[: t + 1]) for t in range(length)]
+        expected = [marker not in text for text in texts]
+        assert batch["latent_mask"][row].tolist() == expected + [False] * (len(ids) - length)
+        if False in expected:
+            t = expected.index(False)
+            switches += 1
+            split += marker not in tokenizer.decode(ids[t : t + 1])
+            dropped_before += bool((batch["lengths"] <= t).any())
+    assert switches > 5 and dropped_before > 5 and (split > 5 or marker == "#")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_marker_in_the_prompt_does_not_end_the_thinking(method):
+    module, policy, cfg = build(method, answer_marker="####", eos=(2,))
+    batch = draw(module, policy, cfg, [[1, 17, 17, 17, 17], [17, 17, 17]], greedy=True)
+    assert batch["latent_mask"][:, 0].all()
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_completion_ends_at_the_first_of_any_eos_id(method, pad):
+    module, policy, cfg = build(method, pad=pad)
+    batch = draw(module, policy, cfg, group_size=8)
+    ends = set()
+    for ids, length, done in zip(*(batch[n].tolist() for n in
+                                   ("completion_ids", "lengths", "finished"))):
+        assert done == (ids[length - 1] in EOS) and not set(ids[: length - 1]) & set(EOS)
+        assert done or length == cfg.max_completion_length
+        assert set(ids[length:]) <= {pad}
+        ends |= {ids[length - 1]} & set(EOS)
+    assert len(ends) >= 3 and (batch["completion_mask"].sum(1) == batch["lengths"]).all()
+    gap = (score(policy, batch) - batch["rollout_logprobs"])[batch["loss_mask"]]
+    assert gap.abs().max() <= 1e-5

@@ -187,7 +187,7 @@ def encode_prompts(tokenizer, problems, marker, max_length):
     """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
 
     The chat template is rendered to text and tokenised without special tokens, so that a BOS is
-    never doubled. A tokenizer without a template gets a plain prompt.
+    never doubled. A tokenizer without a template gets a plain prompt, with its special tokens.
     """
     task = ("Think through the problem step by step. Then end your thinking with the marker "
             f"{marker} , written exactly once, and give only the final answer after it, like "
@@ -203,7 +203,8 @@ def encode_prompts(tokenizer, problems, marker, max_length):
             texts.append(tokenizer.apply_chat_template(turns, **form))
         else:
             texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    plain = not tokenizer.chat_template  # only then is a BOS still missing
+    encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
     kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
     if not kept:
         fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
@@ -721,7 +722,8 @@ CHARACTERS = str.maketrans("\u2212\u2013×·÷:", "--**//")
 MATRIX = re.compile(r"[(\[]? ?\\begin\{\w+\}(?:\{[lcr|]*\})?(.*)\\end\{\w+\} ?[)\]]?")
 WORDS = re.compile(r'".*|(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z "\'.()-]*')
 UNIT = re.compile(  # at the end of a number, without words that would change its value
-    r"(?<=[0-9)}π])(?!.*\b(?:hundred|thousand|[mb]illion|dozen|half|thirds?|not?|less|more|times)\b)"
+    r"(?<=[0-9)}π])"
+    r"(?!.*\b(?:hundred|thousand|[mb]illion|dozen|half|thirds?|not?|less|more|times)\b)"
     r'(?: *"| +[A-Za-z]{3}| ?(?:[kcm]m|[km]g|m[lL]|ft|in|lb|oz)\b| +[mgshL]\b)'
     r'(?:[A-Za-z" /.]|\^ *\{? *-? *[0-9] *\}?|[²³])*$'
 )

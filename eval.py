@@ -45,7 +45,7 @@ def parse_args(argv=None):
     style = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("models", nargs="+", help="run folder, checkpoint, model folder, hub id")
-    parser.add_argument("--data", default="arithmetic", help="data sets, separated by commas (arithmetic)")
+    parser.add_argument("--data", default="arithmetic", help="data sets, by commas (arithmetic)")
     parser.add_argument("--limit", type=int, default=0, help="problems per data set; 0 = all (0)")
     parser.add_argument("--plain", action="store_true", help="switch the method's latent steps off")
     parser.add_argument("--num_samples", type=int, default=1, help="completions per problem (1); "

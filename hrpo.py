@@ -49,6 +49,8 @@ METHOD = Path(__file__).stem
 
 @dataclasses.dataclass
 class Config:
+    """Every setting; each is a command-line flag of the same name."""
+
     # model and data
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
     preset: str = "auto"  # where values shown as (auto) come from: tiny, paper; auto = by the model
@@ -132,7 +134,7 @@ PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic", answer_marker="</think>", steps=100, num_prompts=32, group_size=8,
         max_prompt_length=128, max_completion_length=32, temperature=1.0, top_k=0, lr=3e-4,
-        weight_decay=0.0, warmup_steps=10, max_grad_norm=1.0, kl_coef=0.005, micro_batch=256,
+        weight_decay=0.0, warmup_steps=10, max_grad_norm=1.0, kl_coef=0.005, micro_batch=64,
         lora_rank=0, eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, r_min=0.98,
         lr_gate=3e-3, lr_lambda=3e-2, lambda_weight_decay=0.0),
     "paper": dict(  # GSM8K with Qwen2.5-1.5B-Instruct [tab. 4, tab. 5]; top_k, lengths [code]

@@ -166,15 +166,6 @@ def test_nothing_after_eos_changes_logprobs_loss_or_gradients(method):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_eos_itself_is_trained_on(method):
-    module, policy, cfg = build(method)
-    batch = draw(module, policy, cfg)
-    rows = batch["finished"].nonzero()[:, 0]
-    last = batch["lengths"][rows] - 1
-    assert batch["loss_mask"][rows, last].all() and (score(policy, batch)[rows, last] < 0).all()
-
-
 @pytest.mark.parametrize("marker", ["##", "####", "#"])
 @pytest.mark.parametrize("method", METHODS)
 def test_latent_positions_are_those_before_the_marker_in_the_decoded_text(method, marker):
@@ -201,20 +192,3 @@ def test_a_marker_in_the_prompt_does_not_end_the_thinking(method):
     module, policy, cfg = build(method, answer_marker="####", eos=(2,))
     batch = draw(module, policy, cfg, [[1, 17, 17, 17, 17], [17, 17, 17]], greedy=True)
     assert batch["latent_mask"][:, 0].all()
-
-
-@pytest.mark.parametrize("pad", [0, 2])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_completion_ends_at_the_first_of_any_eos_id(method, pad):
-    module, policy, cfg = build(method, pad=pad)
-    batch = draw(module, policy, cfg, group_size=8)
-    ends = set()
-    for ids, length, done in zip(*(batch[n].tolist() for n in
-                                   ("completion_ids", "lengths", "finished"))):
-        assert done == (ids[length - 1] in EOS) and not set(ids[: length - 1]) & set(EOS)
-        assert done or length == cfg.max_completion_length
-        assert set(ids[length:]) <= {pad}
-        ends |= {ids[length - 1]} & set(EOS)
-    assert len(ends) >= 3 and (batch["completion_mask"].sum(1) == batch["lengths"]).all()
-    gap = (score(policy, batch) - batch["rollout_logprobs"])[batch["loss_mask"]]
-    assert gap.abs().max() <= 1e-5

@@ -1,0 +1,107 @@
+"""How the scripts read: same sections and names, shared text identical, every flag documented."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [p for p in ("hrpo.py", "lepo.py", "latent_grpo.py", "hyrea.py") if (ROOT / p).exists()]
+TITLES = ["1. config", "2. the method", "3. rollout", "4. rewards and advantages",
+          "5. evaluation", "6. plumbing", "7. training"]
+SHARED = ["3. rollout", "5. evaluation", "6. plumbing", "7. training"]
+METHOD_NAMES = {"Policy", "start_state", "next_input", "reference_logprobs", "policy_loss",
+                "param_groups", "method_metrics"}
+LONGEST = {"common.py": 1160, "eval.py": 450, "README.md": 500}  # others: a script 820, a test 250
+
+
+def sections(name):
+    """{title: text} of a script, split at its banners; "" is what precedes the first."""
+    parts = re.split(r"^# === (.+?) =+\n", (ROOT / name).read_text(encoding="utf-8"), flags=re.M)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2]))}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_the_sections_in_order(name):
+    assert [title for title in sections(name) if title and "b." not in title[:3]] == TITLES
+
+
+@pytest.mark.parametrize("title", SHARED)
+def test_shared_sections_are_byte_identical(title):
+    texts = {sections(name)[title] for name in SCRIPTS}
+    assert len(texts) == 1, f"section '{title}' differs: change it in all scripts or in none"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_section_2_owns_the_method(name):
+    tree = ast.parse(sections(name)["2. the method"])
+    defined = {node.name for node in tree.body if hasattr(node, "name")}
+    assert METHOD_NAMES <= defined
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_name_of_the_method_stands_only_in_docstring_config_and_section_2(name):
+    word = name.removesuffix(".py").replace("_", "[_-]?")
+    for title in ("3. rollout", "5. evaluation", "6. plumbing", "7. training"):
+        assert not re.search(rf"\b{word}\b", sections(name)[title], re.I), title
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_config_field_is_documented_and_every_method_field_has_a_source(name):
+    script = import_module(name.removesuffix(".py"))
+    text = sections(name)["1. config"]
+    before, _, method = text.partition("    # the method\n")
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", text, re.M))
+    assert list(notes) == [f.name for f in dataclasses.fields(script.Config)]
+    for field in re.findall(r"^    (\w+): \w+ = ", method, re.M):
+        assert re.search(r"\[(eq|tab|sec|fig|code|ours)", notes[field]), f"{field}: no source tag"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_public_functions_have_docstrings(name):
+    for file in (name, "common.py"):
+        for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(node.body) > 2:
+                small = node.end_lineno - node.lineno < 6
+                assert ast.get_docstring(node) or small, f"{file}: {node.name}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_has_no_side_effect(name, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name.removesuffix('.py')}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_keep_their_size_and_width():
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), ROOT / "README.md"]
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        limit = LONGEST.get(file.name, 250 if file.parent.name == "tests" else 820)
+        assert len(lines) <= limit, f"{file.name} has {len(lines)} lines, {limit} are allowed"
+        if file.suffix == ".py":
+            wide = [n for n, line in enumerate(lines, 1) if len(line) > 100]
+            assert not wide, f"{file.name}: lines {wide} are wider than 100"
+
+
+def test_only_the_four_packages_are_imported_at_run_time():
+    allowed = {"torch", "transformers", "numpy", "tqdm", "tokenizers", "safetensors",
+               "huggingface_hub", "pyarrow", "matplotlib", "common"}
+    allowed |= {name.removesuffix(".py") for name in SCRIPTS} | set(sys.stdlib_module_names)
+    for name in [*SCRIPTS, "common.py", "eval.py"]:
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed, name
+
+
+def test_every_departure_in_the_code_stands_in_the_page_of_the_method():
+    for name in SCRIPTS:
+        departures = re.findall(r"paper: .*", (ROOT / name).read_text(encoding="utf-8"))
+        page = (ROOT / "docs" / name.replace(".py", ".md")).read_text(encoding="utf-8")
+        assert page.count("\n| ") >= len(departures) > 0

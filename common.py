@@ -218,14 +218,15 @@ def encode_prompts(tokenizer, problems, marker, max_length):
 class Marker:
     """Watches completions for a text (say `####`) that may be split over several tokens.
 
-    Only an id whose own text holds the marker's last character can complete it: just the rows that
-    sampled such an id are decoded, and of those only the last `width` ids.
+    Only an id whose own text holds the marker's last character (or a part of it, decoded as U+FFFD)
+    can complete it: just the rows that sampled such an id are decoded, and only their last ids.
     """
 
     def __init__(self, tokenizer, text, num_tokens, device="cpu"):
-        self.tokenizer, self.text, self.width = tokenizer, text, len(text)
+        self.tokenizer, self.text, self.width = tokenizer, text, len(text.encode())
         pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
-        self.may_complete = torch.tensor([text[-1] in piece for piece in pieces], device=device)
+        hits = [text[-1] in piece or "\ufffd" in piece for piece in pieces]
+        self.may_complete = torch.tensor(hits, device=device)  # [V]
 
     def completed(self, tail_ids):
         """tail_ids [b, width], newest last, -1 where a completion is shorter -> bool [b]."""
@@ -354,7 +355,7 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
             fsync(path)
         partial.rename(folder)
         fsync(out_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
+    except Exception as error:  # a full disk raises four kinds, tokenizers' is a bare Exception
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(out_dir).free >> 20
         warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
@@ -444,11 +445,11 @@ def find_resume(out_dir, resume, settings, free):
             warn(f"--resume auto: no valid checkpoint in {out_dir}, starting from the beginning")
             return None
     else:
-        folder = Path(resume)
-        defect = checkpoint_defect(folder)
-        if defect or folder.resolve().parent != out_dir.resolve():
+        folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
+        if folder.resolve() not in known or checkpoint_defect(folder):
+            defect = folder.is_dir() and checkpoint_defect(folder)
             fail(f"--resume {resume}: {defect or f'not a checkpoint in --out_dir {out_dir}'}")
-        if folder.name != step_folders(out_dir)[-1].name:
+        if folder.resolve() != known[-1]:
             fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
     saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
     refuse_differences(folder, saved, settings, free)
@@ -1039,7 +1040,8 @@ def gather_logprobs(lm, states, ids, temperature):
     logprobs = torch.log_softmax(lm_logits(lm, states) / temperature, -1)  # [n, V]
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, ids.view(len(ids), -1)).view(ids.shape), entropies
+    found = logprobs.gather(-1, ids if ids.dim() > 1 else ids[:, None])
+    return found.view(ids.shape), entropies
 
 
 def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -1134,12 +1136,13 @@ def join_batches(batches):
 
 def micro_batches(batch, rows, micro_batch, max_tokens=0):
     """Row numbers, longest row first, in lists of at most micro_batch rows, max_tokens tokens."""
-    lengths = (batch["lengths"] + batch["prompt_mask"].sum(1)).tolist()
+    lengths, prompts = batch["lengths"].tolist(), batch["prompt_mask"].sum(1).tolist()
     pieces = [[]]
-    for row in sorted(rows, key=lambda r: -lengths[r]):
-        piece = pieces[-1]
-        padded = (len(piece) + 1) * lengths[piece[0] if piece else row]
-        if piece and (len(piece) == micro_batch or 0 < max_tokens < padded):
+    for row in sorted(rows, key=lambda r: -lengths[r] - prompts[r]):
+        grown = [*pieces[-1], row]
+        width = max(lengths[r] for r in grown) + max(prompts[r] for r in grown)
+        full = len(grown) > micro_batch or 0 < max_tokens < len(grown) * width
+        if full and pieces[-1]:
             pieces.append([])
         pieces[-1].append(row)
     return pieces

@@ -76,7 +76,7 @@ class Config:
     # update
     lr: float = "auto"  # AdamW learning rate of the language model
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = "auto"  # decoupled, on matrices
+    weight_decay: float = "auto"  # decoupled, on matrices and gates
     warmup_steps: int = "auto"  # linear warm-up of all rates; then cosine to 0
     max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
@@ -113,8 +113,8 @@ class Config:
         may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
                     "lora_rank", "eval_limit", "stop_after")
         for f in dataclasses.fields(self):
-            least, value = int(f.name not in may_be_0), getattr(self, f.name)
-            if f.type is int and value < least:
+            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_0)
+            if f.type in (int, float) and not value >= least:
                 fail(f"--{f.name} {value}: must be at least {least}")
         if self.group_size < 2:
             fail(f"--group_size {self.group_size}: advantages need 2 or more completions a problem")
@@ -122,8 +122,12 @@ class Config:
             fail(f"--temperature {self.temperature}, --top_p {self.top_p}: want > 0 and in (0, 1]")
         if self.lora_rank and self.train_embeddings:
             fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
-        if not self.answer_marker or self.dtype not in ("auto", "float32", "bfloat16"):
-            fail("--answer_marker must not be empty; --dtype must be auto, float32 or bfloat16")
+        if not self.answer_marker:
+            fail("--answer_marker: must not be empty")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
+        if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
+            fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
         if not 0 < self.r_min < self.r_max < 1:
             fail(f"--r_min {self.r_min}, --r_max {self.r_max}: want 0 < r_min < r_max < 1")
         if self.update_epochs * self.minibatches > 1:  # s depends on the weights: on-policy only
@@ -273,10 +277,10 @@ def reference_logprobs(policy, reference, batch, cfg):
 
     It reads plain tokens. So the KL term is above 0 from the first step and taxes the mixing too.
     """
-    embeds = policy.table(batch["completion_ids"])
+    lm = policy.lm if reference is None else reference
+    embeds = lm.get_input_embeddings()(batch["completion_ids"])  # not the table in training
     if cfg.ref_hybrid:
         embeds, _ = policy.completion_embeds(batch)
-    lm = policy.lm if reference is None else reference
     with lora_disabled(lm), autocast(lm):
         hidden = completion_hidden(lm, batch, embeds)
         return completion_logprobs(lm, hidden, batch["completion_ids"], batch["loss_mask"])[0]
@@ -362,9 +366,9 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
         finished = torch.zeros(total, dtype=torch.bool, device=device)
         steps = {"completion_ids": torch.full((total, limit), policy.pad_id, device=device)}
         for t in range(limit):
-            if not hidden.isfinite().all():
-                raise FloatingPointError(f"NaN or inf hidden states in the rollout, position {t}")
             logits = lm_logits(policy.lm, hidden)  # [b, V]
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"NaN or inf logits in the rollout, position {t}")
             ids, embeds, record, state = next_input(
                 policy, logits, hidden, t, state, cfg, rng, greedy)
             for name, value in {"completion_ids": ids, **record}.items():
@@ -791,7 +795,7 @@ def main(argv=None):
         saved = save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state,
                                 cfg.keep_checkpoints)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
-    if cfg.dry_run and rank == 0:
+    if cfg.dry_run and rank == 0 and not signum:
         print(f"dry run: peak memory {row['peak_mem_gib']:.2f} GiB, {row['seconds']:.1f} s a step")
     if state["skipped"] >= 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")

@@ -22,6 +22,7 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 
 WORDS = ["<pad>", "<bos>", "<eos>", *"0123456789+-*=# abcdefgh"]
 

@@ -128,7 +128,6 @@ def test_joined_rollouts_score_as_each_rollout_does(method):
             joined[rows, :width], score(policy, part), rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="bounded by the longest row, not by the padded width")
 def test_max_tokens_counts_the_padding_of_prompts_and_of_completions():
     batch = fake([20, 1, 19, 2], [1, 20, 2, 19])  # all rows 21 long, together 4 x 40
     for piece in micro_batches(batch, range(4), 100, 84):

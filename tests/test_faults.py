@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import pickle
+import pkgutil
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, make_lm, save_folder
 from runs import METHODS, differences, flags, launch, rows, train, tree, wait_until
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 import common
 
@@ -47,17 +48,13 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def remove(path):
-    path.unlink()
-
-
 def fill_with_zeros(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
 DAMAGES = [(cut, "trainer.pt"), (cut, "hf/model.safetensors"), (flip_a_bit, "hf/model.safetensors"),
-           (flip_a_bit, "trainer.pt"), (remove, "manifest.json"), (cut, "manifest.json"),
-           (fill_with_zeros, "manifest.json"), (remove, "hf/latent/method.safetensors")]
+           (flip_a_bit, "trainer.pt"), (Path.unlink, "manifest.json"), (cut, "manifest.json"),
+           (fill_with_zeros, "manifest.json"), (Path.unlink, "hf/latent/method.safetensors")]
 
 
 @pytest.mark.parametrize("damage, name", DAMAGES)
@@ -96,24 +93,27 @@ def test_without_any_valid_checkpoint_a_run_says_so_and_starts_again(
 
 FULL = [("torch", "save", RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64")),
         ("torch", "save", OSError(28, "No space left on device")),
-        ("common", "save_file", SafetensorError("I/O error: No space left on device"))]
+        ("common", "save_file", SafetensorError("I/O error: No space left on device")),
+        ("transformers.PreTrainedTokenizerBase", "save_pretrained", Exception(
+            "No space left on device"))]
 
 
 @pytest.mark.parametrize("module, function, error", FULL)
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on_until_the_last_save(
         method, model, tmp_path, monkeypatch, capsys, module, function, error):
     out, saves = tmp_path / "run", []
-    write = getattr(import_module(module), function)
+    owner = pkgutil.resolve_name(module)
+    write = getattr(owner, function)
 
     def fills_up(data, path, *args):
         saves.append(path)
         if len(saves) > 1:
-            path.write_bytes(b"a part")
+            path.with_suffix(".part").write_bytes(b"a part")
             raise type(error)(*error.args)  # a traceback kept alive would keep the lock
         return write(data, path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{module}.{function}", fills_up)
+        patch.setattr(owner, function, fills_up)
         code = train(method, flags(model, out, "--steps 6"))
     assert code not in (0, None, 2) and "could not be written" in str(code)
     assert len(saves) == 3 and len(rows(out, "train")) == 6
@@ -180,56 +180,15 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
     lock.close()
 
 
-def spoiled(script, steps):
-    """The script's policy_loss, NaN in the given calls (counted from 1, one a step)."""
-    calls, loss = [], script.policy_loss
-
-    def policy_loss(outputs, batch, cfg):
-        calls.append(1)
-        return loss(outputs, batch, cfg) * (float("nan") if len(calls) in steps else 1)
-
-    return policy_loss
-
-
-def test_an_update_whose_gradient_is_nan_is_skipped_and_counted(
-        method, model, tmp_path, monkeypatch):
-    script, out = import_module(method), tmp_path / "run"
-    monkeypatch.setattr(script, "policy_loss", spoiled(script, {3}))
-    assert isinstance(train(method, flags(model, out, "--save_every 1 --keep_checkpoints 9")), dict)
-    assert [r["skipped"] for r in rows(out, "train")] == [0, 0, 1, 0]
-    assert rows(out, "train")[2]["grad_norm"] is None
-    changed = differences(out / "step_000002", out / "step_000003")
-    assert sorted(changed) == ["/skipped", "/step"]  # no weight, no moment, no AdamW step counter
-    assert len(differences(out / "step_000003", out / "step_000004")) > 8
-
-
-def test_five_nan_updates_in_a_row_stop_the_run_with_a_checkpoint_that_goes_on(
-        method, model, tmp_path, monkeypatch):
-    script, out = import_module(method), tmp_path / "run"
-    more = "--steps 20 --save_every 100"
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "policy_loss", spoiled(script, {1, 2, 3, 4, *range(6, 30)}))
-        code = train(method, flags(model, out, more))
-    assert "5 updates in a row" in code and len(rows(out, "train")) == 10
-    values = torch.load(out / "step_000010" / "trainer.pt", weights_only=True)["policy"].values()
-    assert all(value.isfinite().all() for value in values)
-    assert isinstance(train(method, flags(model, out, f"{more} --resume auto")), dict)
-    assert [r["skipped"] for r in rows(out, "train")][9:] == [1] + [0] * 10
-
-
-@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
-def test_nan_in_the_model_ends_in_a_clear_error(method, model, tmp_path, name):
-    broken = shutil.copytree(model, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights[name][5] = float("nan")
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FloatingPointError, match="NaN"):
-        train(method, flags(broken, tmp_path / "run"))
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
+
+
+def test_a_renamed_checkpoint_is_refused_in_one_line(method, model, run, capsys):
+    (run / "step_000004").rename(run / "best")
+    shutil.rmtree(run / "step_000002")
+    assert train(method, flags(model, run, f"--resume {run / 'best'}")) == 2
 
 
 def test_a_checkpoint_never_runs_pickled_code(method, model, run, tmp_path, monkeypatch):
@@ -244,12 +203,3 @@ def test_a_checkpoint_never_runs_pickled_code(method, model, run, tmp_path, monk
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)  # the trap is a real one
     assert (tmp_path / "executed").exists()
-
-
-def test_a_model_folder_with_pickled_weights_only_is_refused(method, model, tmp_path, capsys):
-    folder = shutil.copytree(model, tmp_path / "pickled")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    assert train(method, flags(folder, tmp_path / "run")) == 2
-    error, = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert "--model" in error and not (tmp_path / "run").exists()

@@ -105,12 +105,12 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on_until_the_las
     owner = pkgutil.resolve_name(module)
     write = getattr(owner, function)
 
-    def fills_up(data, path, *args):
+    def fills_up(data, path, *args, **more):
         saves.append(path)
         if len(saves) > 1:
             path.with_suffix(".part").write_bytes(b"a part")
             raise type(error)(*error.args)  # a traceback kept alive would keep the lock
-        return write(data, path, *args)
+        return write(data, path, *args, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fills_up)

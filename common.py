@@ -128,7 +128,7 @@ def frozen_copy(lm):
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x, alpha = 2 r; W frozen, A random, B zero (arXiv 2106.09685).
 
-    A [r, in] and B [out, r] are float32 whatever W is.
+    A [r, in] and B [out, r] are stored in float32 whatever W is.
     """
 
     def __init__(self, base, rank):
@@ -192,6 +192,9 @@ def encode_prompts(tokenizer, problems, marker, max_length):
     task = ("Think through the problem step by step. Then end your thinking with the marker "
             f"{marker} , written exactly once, and give only the final answer after it, like "
             f"this: reasoning {marker} answer")
+    ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    if marker not in tokenizer.decode(ids, skip_special_tokens=True):
+        fail(f"--answer_marker {marker}: is a special token here, which no graded text contains")
     texts = []
     for problem in problems:
         question = problem["question"].strip()
@@ -1078,7 +1081,7 @@ def soft_embedding(probs, table, ids=None):
 
     probs [..., V], table (module or weight [V or more, H]) -> [..., H], dtype of the table. With
     ids [..., K], probs [..., K] belong to those rows, all others are 0. A one-hot p gives its row
-    exactly. No gradient is stopped here.
+    exactly (under autocast: rounded to bfloat16). No gradient is stopped here.
     """
     weight = table.weight if isinstance(table, nn.Module) else table
     norm = probs.float().norm(dim=-1, keepdim=True)

@@ -8,6 +8,8 @@ GRPO +   1. s comes from the very distribution the token was sampled from       
          2. a learned gate mixes e and s; it starts at nearly all e             HybridGate   [eq. 4]
          3. updates replay s as a constant and recompute the gate               Policy
          4. no ratio, no clip; k3 KL to a reference that reads tokens only     policy_loss  [eq. 6]
+Words    `hidden` is always the transformer's output, never the soft token; only `hidden_ratio`
+         keeps the paper's word, for the weight sqrt(1 - a^2) of the soft token.
 Differs  padding is masked in rollout *and* update, gates are float32: see docs/hrpo.md.
 Run      python hrpo.py                     # tiny model, arithmetic, two CPU cores, two minutes
          python hrpo.py --no-hybrid         # the explicit baseline: plain GRPO
@@ -77,7 +79,7 @@ class Config:
     lr: float = "auto"  # AdamW learning rate of the language model
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = "auto"  # linear warm-up of all rates; then cosine to 0
+    warmup_steps: int = -1  # linear warm-up of all rates, then cosine to 0; -1 = a tenth of --steps
     max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
     kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
@@ -110,6 +112,8 @@ class Config:
     ref_hybrid: bool = False  # feed the reference the hybrid inputs instead of tokens [ours]
 
     def __post_init__(self):
+        if self.warmup_steps < 0:
+            self.warmup_steps = round(0.1 * self.steps)
         may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
                     "lora_rank", "eval_limit", "stop_after")
         for f in dataclasses.fields(self):
@@ -138,14 +142,14 @@ PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic", answer_marker="</think>", steps=100, num_prompts=32, group_size=8,
         max_prompt_length=128, max_completion_length=32, temperature=1.0, top_k=0, lr=3e-4,
-        weight_decay=0.0, warmup_steps=10, max_grad_norm=1.0, kl_coef=0.005, micro_batch=64,
-        lora_rank=0, eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, r_min=0.98,
+        weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.005, micro_batch=64, lora_rank=0,
+        eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, r_min=0.98,
         lr_gate=3e-3, lr_lambda=3e-2, lambda_weight_decay=0.0),
     "paper": dict(  # GSM8K with Qwen2.5-1.5B-Instruct [tab. 4, tab. 5]; top_k, lengths [code]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=4,
         max_prompt_length=1024, max_completion_length=1024, temperature=0.5, top_k=50, lr=5e-6,
-        weight_decay=0.1, warmup_steps=93, max_grad_norm=0.1, kl_coef=0.005, micro_batch=8,
-        lora_rank=32, eval_every=100, eval_limit=200, eval_batch=64, save_every=250, r_min=0.99,
+        weight_decay=0.1, max_grad_norm=0.1, kl_coef=0.005, micro_batch=8, lora_rank=32,
+        eval_every=100, eval_limit=200, eval_batch=64, save_every=250, r_min=0.99,
         lr_gate=1e-4, lr_lambda=1e-3, lambda_weight_decay=0.1),
 }
 
@@ -162,8 +166,10 @@ class HybridGate(nn.Module):
     r = sigmoid(W_r e + b_r),  i = sigmoid(W_i e + b_i),  a = exp(-8 softplus(-Lambda) r),
     x = a e + sqrt(1 - a^2 + 1e-8) (i s)
 
-    Lambda starts so that a = u^r with u ~ Uniform[r_min, r_max]; r starts near 1/2. Between 0.99
-    and 1 bfloat16 has only two values of a, and at a = 1 the root's slope is -1e4: hence float32.
+    paper: softplus(Lambda); here and in the released code Lambda = -(the paper's), so a smaller
+    Lambda means more of the soft token. It starts so that a = u^r with u ~ Uniform[r_min, r_max]; r
+    starts near 1/2. Between 0.99 and 1 bfloat16 has only two values of a, and at a = 1 the root's
+    slope is -1e4: hence float32.
     """
 
     def __init__(self, hidden_size, r_min, r_max):
@@ -175,7 +181,6 @@ class HybridGate(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         u = torch.empty(hidden_size, dtype=torch.float64).uniform_(r_min, r_max)
-        # paper: softplus(Lambda); released code: softplus(-Lambda). Lambda here = -(the paper's).
         self.Lambda = nn.Parameter(-torch.log(u ** (-1 / 8) - 1).float())  # [H]
         self.register_buffer("initial_Lambda", self.Lambda.detach().clone())  # for a metric only
 
@@ -248,7 +253,8 @@ def start_state(num_rows, policy, cfg):
 def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
-    The token that completes the marker and all that follow are fed plain; so is the prompt.
+    s and ids come from the same logits and are fed together, one position later. The token that
+    completes the marker and all that follow are fed plain; so is the prompt.
     """
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
@@ -262,12 +268,14 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
         return ids, embeds, record, state
     if cfg.proj_tau > 0:
         probs = (scores * (cfg.temperature / cfg.proj_tau)).softmax(-1)
-    soft = soft_embedding(probs, policy.table, candidates)  # eq. 3: s = E^T p / ||p||, [b, H]
+    # eq. 3: s = E^T p / ||p||; a constant for the update, as the sampled id is
+    soft = soft_embedding(probs, policy.table, candidates).detach()  # [b, H]
     tail = torch.cat([state["tail"][:, 1:], ids[:, None]], 1)
     seen = state["marker_seen"] | policy.marker.completed(tail)
     mixed, _ = policy.gate(embeds, soft)
     embeds = torch.where(seen[:, None], embeds, mixed)
-    record.update(latent_mask=~seen, soft_embeds=soft)
+    fed = ~torch.isin(ids, policy.eos_ids) & (t + 1 < cfg.max_completion_length)
+    record.update(latent_mask=~seen & fed, soft_embeds=soft)  # nothing reads the last input
     return ids, embeds, record, {"marker_seen": seen, "tail": tail}
 
 
@@ -295,7 +303,9 @@ def k3(logprobs, ref_logprobs):
 def policy_loss(outputs, batch, cfg):
     """Loss [B, T] of each position [eq. 6]: -(exp(lp - sg[lp]) A - beta k3), not yet reduced.
 
-    The factor exp(lp - sg[lp]) is 1 and its gradient that of lp: REINFORCE with group advantages.
+    The factor exp(lp - sg[lp]) is 1 and its gradient that of lp: REINFORCE with group advantages. A
+    rollout is used once: after an update its stored s would be another policy's. lp is taken at
+    temperature 1, also where the paper preset samples at 0.5 (see Policy.forward).
     """
     logprobs = outputs["logprobs"]
     loss = -torch.exp(logprobs - logprobs.detach()) * batch["advantages"]
@@ -320,11 +330,11 @@ def param_groups(policy, cfg):
 
 
 def method_metrics(policy, outputs, batch, cfg, step):
-    """METHOD_METRICS as values [B, T], averaged over latent positions; None when there are none.
+    """METHOD_METRICS as values [B, T], averaged over latent positions; None with --no-hybrid.
 
     gate_a: mean a. hidden_ratio: mean of sqrt(1 - a^2) (the release logs sqrt(1 - mean(a)^2)).
-    hidden_ratio_decay_only: the same, had Lambda felt nothing but its weight decay so far. A ratio
-    that only follows this one was not learned.
+    hidden_ratio_decay_only: the same with today's r, had Lambda felt only the weight decay of all
+    steps so far. The gap between the two is what gradients did to Lambda.
     """
     a, gate = outputs["a"], policy.gate
     if a is None:
@@ -755,7 +765,10 @@ def main(argv=None):
             problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]
     ddp_policy = policy
     if world_size > 1 and device.type != "mps":
-        ddp_policy = DistributedDataParallel(policy, broadcast_buffers=False)
+        # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
+        # after the first update, and a resumed run would sum over 3 or more ranks in another order.
+        ddp_policy = DistributedDataParallel(
+            policy, broadcast_buffers=False, find_unused_parameters=True)
 
     hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
     bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)

@@ -1,16 +1,11 @@
-"""Damaged checkpoints, full disks, used folders, changed settings and NaN: what a run does then."""
+"""Damaged checkpoints, full disks, used folders, changed settings: what a run does then."""
 
-import hashlib
-import json
-import os
-import pickle
 import pkgutil
 import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, make_lm, save_folder
 from runs import METHODS, differences, flags, launch, rows, train, tree, wait_until
 from safetensors import SafetensorError
@@ -170,7 +165,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
     try:
         wait_until(lambda: len(rows(out, "train")) > 4)
         capsys.readouterr()
-        assert train(method, argv) == 2
+        assert train(method, [*argv, "--stop_after", "6"]) == 2
         message, = capsys.readouterr().err.splitlines()
         assert "in use by another process" in message and first.poll() is None
     finally:
@@ -180,26 +175,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
     lock.close()
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def test_a_renamed_checkpoint_is_refused_in_one_line(method, model, run, capsys):
     (run / "step_000004").rename(run / "best")
     shutil.rmtree(run / "step_000002")
     assert train(method, flags(model, run, f"--resume {run / 'best'}")) == 2
-
-
-def test_a_checkpoint_never_runs_pickled_code(method, model, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = run / "step_000004" / "trainer.pt"
-    torch.save({"step": 4, "policy": {}, "optimizer": Evil()}, path)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    manifest["trainer.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(pickle.UnpicklingError, match="(?i)weights_only"):
-        train(method, flags(model, run, "--resume auto"))
-    assert not (tmp_path / "executed").exists()
-    torch.load(path, weights_only=False)  # the trap is a real one
-    assert (tmp_path / "executed").exists()

@@ -1,5 +1,9 @@
 """Odd models: several ends, no pad id, padded embeddings, pickles; and what NaN does to a run."""
 
+import hashlib
+import json
+import os
+import pickle
 import shutil
 from importlib import import_module
 
@@ -142,3 +146,24 @@ def test_five_nan_updates_in_a_row_stop_the_run_with_a_checkpoint_that_goes_on(
     assert all(value.isfinite().all() for value in values)
     assert isinstance(train(method, flags(model, out, f"{more} --resume auto")), dict)
     assert [r["skipped"] for r in rows(out, "train")][9:] == [1] + [0] * 10
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_never_runs_pickled_code(method, model, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(method, flags(model, run))
+    monkeypatch.chdir(tmp_path)
+    path = run / "step_000004" / "trainer.pt"
+    torch.save({"step": 4, "policy": {}, "optimizer": Evil()}, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["trainer.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights_only"):
+        train(method, flags(model, run, "--resume auto"))
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)  # the trap is a real one
+    assert (tmp_path / "executed").exists()

@@ -137,7 +137,7 @@ def test_resume_takes_the_path_of_the_newest_checkpoint_and_no_other(
     out = tmp_path / "run"
     train(method, flags(model, out, "--stop_after 3"))
     before = tree(out)
-    for path, reason in ((out / "step_000002", "newer checkpoints"), (out / "no", "not a checkpoint in"),
+    for path, reason in ((out / "step_000002", "newer checkpoints"), (out / "no", "not a check"),
                          (tmp_path / "elsewhere", "not a checkpoint in --out_dir")):
         if path.name == "elsewhere":
             shutil.copytree(out / "step_000003", path)

@@ -507,8 +507,9 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
 def parse_config(argv=None):
     """Every Config field is a flag of the same name; the comment beside the field is its help."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
-    style = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    style, usage = argparse.RawTextHelpFormatter, f"{METHOD}.py [--flag value ...]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=style, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         text = f"{notes[f.name]} ({f.default})".replace("%", "%%")

@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -376,7 +377,10 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     """
     saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
     refuse_differences(folder, saved, settings, free)
-    state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
     parameters = dict(policy.named_parameters())
     with torch.no_grad():
         for name, value in state.pop("policy").items():
@@ -411,7 +415,8 @@ def checkpoint_defect(folder):
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
-    except (OSError, ValueError) as error:
+        wrong += [name for name in ("trainer.pt", "hf/latent/config.json") if name not in manifest]
+    except (OSError, ValueError, AttributeError) as error:
         return first_line(error)
     return f"{wrong[0]} differs from its sha256" if wrong else ""
 
@@ -430,8 +435,9 @@ def latest_checkpoint(out_dir, set_aside=False):
 
 
 def find_resume(out_dir, resume, settings, free):
-    """The checkpoint that --resume asks for, or None for a fresh run; only reads.
+    """(Checkpoint that --resume asks for or None for a fresh run, lock or None); only reads.
 
+    A folder is locked before its checkpoints are read: a live run deletes old ones.
     `fail`s on a used folder without --resume, on a bad path, and on settings (but those in `free`)
     that differ from the saved ones.
     """
@@ -441,12 +447,13 @@ def find_resume(out_dir, resume, settings, free):
     if not resume:
         if used:
             fail(f"--out_dir {out_dir} is not empty: go on with --resume auto, or name another one")
-        return None
+        return None, None
+    lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
         if folder is None:
             warn(f"--resume auto: no valid checkpoint in {out_dir}, starting from the beginning")
-            return None
+            return None, lock
     else:
         folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
         if folder.resolve() not in known or checkpoint_defect(folder):
@@ -456,7 +463,7 @@ def find_resume(out_dir, resume, settings, free):
             fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
     saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
     refuse_differences(folder, saved, settings, free)
-    return folder
+    return folder, lock
 
 
 def refuse_differences(folder, saved, settings, free):
@@ -467,11 +474,8 @@ def refuse_differences(folder, saved, settings, free):
         fail(f"--resume {folder}: a resumed run must not change " + "; ".join(pairs))
 
 
-def open_run(out_dir, settings, script, resumed_step):
-    """Rank 0: lock the folder, record settings and source, drop rows that will be written again.
-
-    -> the lock: keep a reference, flock ends with the process however that dies.
-    """
+def lock_run(out_dir):
+    """Lock of a run folder, made if need be. It ends with the process, however that dies."""
     try:
         (out_dir / "code").mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "w", encoding="utf-8")
@@ -481,6 +485,11 @@ def open_run(out_dir, settings, script, resumed_step):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"--out_dir {out_dir} is in use by another process; name another one")
+    return lock
+
+
+def open_run(out_dir, settings, script, resumed_step):
+    """Rank 0: record settings and source, drop rows that will be written again."""
     latest_checkpoint(out_dir, set_aside=True)
     for partial in out_dir.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -494,7 +503,6 @@ def open_run(out_dir, settings, script, resumed_step):
         kept = [line for line in lines if keep_row(line, resumed_step)]
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(path)
-    return lock
 
 
 def keep_row(line, step):
@@ -511,8 +519,12 @@ def log_rows(out_dir, metrics, records):
     place = {"kind": metrics["kind"], "step": metrics["step"]}
     rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
     for name, lines in rows.items():
-        with open(out_dir / name, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        try:
+            with open(out_dir / name, "a", encoding="utf-8") as f:
+                f.write(text)
+        except OSError as error:  # a full disk costs rows, not the run
+            warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
 
 
 def peak_memory(device):

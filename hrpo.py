@@ -40,7 +40,7 @@ from transformers import DynamicCache
 from common import (
     Marker, autocast, candidate_scores, completion_hidden, completion_logprobs, encode_prompts,
     fail, find_resume, frozen_copy, grade, join_batches, left_pad, lm_hidden, lm_logits,
-    load_checkpoint, load_model, load_problems, log_rows, lora_disabled, make_rng, mean,
+    load_checkpoint, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, mean,
     micro_batches, open_run, peak_memory, save_checkpoint, select_rows, soft_embedding, warn,
     weights_fingerprint)
 
@@ -724,7 +724,7 @@ def measure(policy, outputs, micro, cfg, step, sums, peaks):
     gaps = {"logprob_gap": (logprobs - micro["rollout_logprobs"]).abs(),
             "ratio_max": (logprobs - micro.get("old_logprobs", logprobs)).exp()}
     for name, value in gaps.items():
-        peaks[name] = max(peaks[name], value[mask].max().item())
+        peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
 
 
 def main(argv=None):
@@ -732,9 +732,9 @@ def main(argv=None):
     cfg = parse_config(argv)
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
     settings.update(dataclasses.asdict(cfg))
-    resumed, out_dir = None, Path(cfg.out_dir)
+    resumed, lock, out_dir = None, None, Path(cfg.out_dir)
     if not cfg.dry_run:
-        resumed = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
+        resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")
     eval_problems = load_problems(cfg.eval_data or cfg.train, "test", cfg.eval_limit)
     rank, world_size, device = setup_distributed(cfg)  # past it, all ranks have read the run folder
@@ -754,7 +754,8 @@ def main(argv=None):
     if resumed:
         state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
     if rank == 0 and not cfg.dry_run:
-        _lock = open_run(out_dir, settings, __file__, state["step"])
+        lock = lock or lock_run(out_dir)  # held until the process ends
+        open_run(out_dir, settings, __file__, state["step"])
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "

@@ -56,7 +56,7 @@ DAMAGES = [(cut, "trainer.pt"), (cut, "hf/model.safetensors"), (flip_a_bit, "hf/
 def test_a_damaged_checkpoint_is_skipped_by_name_and_set_aside(run, capsys, damage, name):
     damage(run / "step_000004" / name)
     before = tree(run)
-    assert common.find_resume(run, "auto", {}, ()) == run / "step_000002"
+    assert common.find_resume(run, "auto", {}, ())[0] == run / "step_000002"
     warning, = capsys.readouterr().err.splitlines()
     assert "step_000004" in warning and warning.startswith("warning: ") and tree(run) == before
     common.open_run(run, {}, __file__, 2)
@@ -171,7 +171,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
     finally:
         first.kill()
         first.wait()
-    lock = common.open_run(out, {}, __file__, 0)  # the lock dies with its process
+    lock = common.lock_run(out)  # the lock dies with its process
     lock.close()
 
 

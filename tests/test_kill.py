@@ -152,7 +152,8 @@ def test_when_a_rank_or_the_launcher_is_killed_the_whole_job_ends(method, model,
 
 
 def save_without_end(out, policy, tokenizer, optimizer, step, acknowledge):
-    lock = common.open_run(out, {}, __file__, step)
+    lock = common.lock_run(out)
+    common.open_run(out, {}, __file__, step)
     while lock:
         step += 1
         state = {"step": step, "skipped": 0}
@@ -188,7 +189,7 @@ def kill_saves(folder, kills=24):
         saved = step + 1 + len(os.read(reading, 9999))
         os.close(reading)
         cut_short += any(out.glob("*.partial"))
-        latest = common.find_resume(out, "auto", {}, ())
+        latest = common.latest_checkpoint(out)
         state = common.load_checkpoint(latest, policy, optimizer, {}, ())
         assert state["step"] in (saved, saved + 1), f"step {state['step']} after {saved} saves"
         step = state["step"]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from importlib import import_module
 
@@ -162,8 +161,7 @@ def test_a_checkpoint_never_runs_pickled_code(method, model, tmp_path, monkeypat
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["trainer.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(pickle.UnpicklingError, match="(?i)weights_only"):
-        train(method, flags(model, run, "--resume auto"))
+    assert train(method, flags(model, run, "--resume auto")) == 2
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)  # the trap is a real one
     assert (tmp_path / "executed").exists()

@@ -222,9 +222,8 @@ class Policy(nn.Module):
         return torch.where(batch["latent_mask"][..., None], mixed, tokens), a
 
     def hidden(self, batch):
-        """The hidden states [B, T, H] that decide each completion position, and the gate's a."""
-        embeds, a = self.completion_embeds(batch)
-        return completion_hidden(self.lm, batch, embeds), a
+        """The hidden states [B, T, H] that decide each completion position."""
+        return completion_hidden(self.lm, batch, self.completion_embeds(batch)[0])
 
     def forward(self, batch):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "a" [B, T, H] or None}.
@@ -233,7 +232,8 @@ class Policy(nn.Module):
         top-k [code]: unless those are 1 and 0 this is biased. Positions outside loss_mask are 0.
         """
         with autocast(self.lm):
-            hidden, a = self.hidden(batch)
+            embeds, a = self.completion_embeds(batch)
+            hidden = completion_hidden(self.lm, batch, embeds)
             ids, mask = batch["completion_ids"], batch["loss_mask"]
             logprobs, entropy = completion_logprobs(self.lm, hidden, ids, mask)
         if a is not None:  # DDP wants each parameter used, even if no row thought for one step

@@ -103,7 +103,7 @@ def test_update_recomputes_the_logits_and_logprobs_of_the_rollout(method, kind, 
     mask, lengths = batch["loss_mask"], batch["lengths"].tolist()
     assert len(set(lengths)) > 4 and batch["latent_mask"].any()  # rows left at different times
     with torch.no_grad():
-        logits = lm_logits(policy.lm, policy.hidden(batch)[0])
+        logits = lm_logits(policy.lm, policy.hidden(batch))
     gap = (logits - batch["logits"])[mask].abs().max()
     assert gap <= 1e-5 * batch["logits"].abs().max().clamp(min=1)
     gap = (score(policy, batch) - batch["rollout_logprobs"])[mask]
@@ -116,7 +116,7 @@ def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind
     module, policy, cfg = build(method, kind, temperature=0.7, top_k=9, max_completion_length=9)
     batch = draw(module, policy, cfg, group_size=2)
     with torch.no_grad():
-        hidden, _ = policy.hidden(batch)
+        hidden = policy.hidden(batch)
         for row, length in enumerate(batch["lengths"].tolist()):
             prompt, ids = PROMPTS[row // 2], batch["completion_ids"][row].tolist()
             inputs = [policy.table.weight[i] for i in prompt]

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -59,7 +59,7 @@ def fail(message):
 def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     """Load a causal language model and its tokenizer -> (lm, tokenizer).
 
-    name       hub id, transformers folder, a checkpoint of ours (.../step_000100), or `tiny:SPEC`:
+    name       hub id, transformers folder, a run folder or checkpoint of ours, or `tiny:SPEC`:
                a 0.5M-parameter Llama taught the task SPEC (train_tiny); `tiny` = `tiny:arithmetic`
     dtype      bfloat16 computes under autocast over float32 weights; with LoRA the frozen weights
                themselves are stored in it. float32 computes in float32.
@@ -73,8 +73,7 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = tiny_folder(name) if name.split(":")[0] == "tiny" else Path(name)
-    path = path / "hf" if (path / "hf").is_dir() else path
+    path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
     source = str(path) if path.is_dir() else name
     stored = dtype if lora_rank else torch.float32
     try:
@@ -105,6 +104,32 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     if lora_rank:
         add_lora(lm, lora_rank)
     return lm, tokenizer
+
+
+def model_folder(name):
+    """Path of the transformers folder in a run folder (newest checkpoint) or checkpoint of ours."""
+    path = Path(name)
+    if step_folders(path):
+        path = latest_checkpoint(path) or fail(f"--model {name}: holds no valid checkpoint")
+    return path / "hf" if (path / "hf").is_dir() else path
+
+
+def checkpoint_settings(name):
+    """What a checkpoint of ours was trained with; {} for any other model."""
+    file = model_folder(name) / "latent" / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load_method(policy, name, method):
+    """Restore what a checkpoint of ours holds besides the language model, say HRPO's gate."""
+    saved = checkpoint_settings(name)
+    if saved and saved["method"] != method:
+        warn(f"{name} was trained by {saved['method']}: only its language model is used")
+    elif saved:
+        tensors = load_file(model_folder(name) / "latent" / "method.safetensors")
+        unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
+        if unknown:
+            fail(f"{name}: {method} does not know its tensors {', '.join(unknown)}")
 
 
 def first_line(error):
@@ -456,9 +481,10 @@ def find_resume(out_dir, resume, settings, free):
             return None, lock
     else:
         folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
-        if folder.resolve() not in known or checkpoint_defect(folder):
-            defect = folder.is_dir() and checkpoint_defect(folder)
-            fail(f"--resume {resume}: {defect or f'not a checkpoint in --out_dir {out_dir}'}")
+        if folder.resolve() not in known:
+            fail(f"--resume {resume}: not a checkpoint (step_NNNNNN) in --out_dir {out_dir}")
+        if checkpoint_defect(folder):
+            fail(f"--resume {resume}: {checkpoint_defect(folder)}")
         if folder.resolve() != known[-1]:
             fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
     saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
@@ -643,8 +669,11 @@ def read_problem(row, source):
         names = [str(x) for x in [*choices.get("label", letters)[: len(texts)], *range(len(texts))]]
         if answer not in names or len(names) != 2 * len(texts):
             fail(f"{source}: answer {answer!r} is no label or index of the {len(texts)} choices")
+        index, texts = names.index(answer) % len(texts), [str(text) for text in texts]
+        if answer in texts and texts.index(answer) != index:
+            fail(f"{source}: answer {answer!r} is an index and another choice's text; use letters")
         question = "\n".join([question] + [f"{letters[i]}. {text}" for i, text in enumerate(texts)])
-        answer = letters[names.index(answer) % len(texts)]
+        answer = letters[index]
     steps = row.get("steps") or prose
     steps = steps if isinstance(steps, list) else re.findall(ANNOTATION, str(steps))
     steps = [read_text(step, f"{source}: steps") for step in steps] or None

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import math
 import re
@@ -23,20 +24,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from common import (
     answers_equal,
+    checkpoint_settings,
     encode_prompts,
     extract_answer,
     fail,
-    latest_checkpoint,
+    load_method,
     load_model,
     load_problems,
     make_rng,
+    model_folder,
 )
 
-METHODS = ("hrpo", "lepo", "latent_grpo", "hyrea")
 COLUMNS = ("accuracy", "stderr", "flexible", "n", "latent_steps", "visible_tokens", "total_length",
            "truncated_frac", "unanswered_frac")
 
@@ -50,7 +51,8 @@ def parse_args(argv=None):
     parser.add_argument("--plain", action="store_true", help="switch the method's latent steps off")
     parser.add_argument("--num_samples", type=int, default=1, help="completions per problem (1); "
                         "more than 1 samples instead of argmax and adds pass@k")
-    parser.add_argument("--temperature", type=float, help="of sampling (as trained)")
+    parser.add_argument("--temperature", type=float, help="of sampling, and of HRPO's soft "
+                        "token even when greedy (as trained)")
     parser.add_argument("--max_completion_length", type=int, help="tokens (as trained)")
     parser.add_argument("--answer_marker", help="text before the answer (as trained)")
     parser.add_argument("--batch", type=int, help="problems decoded together (as trained)")
@@ -66,18 +68,13 @@ def parse_args(argv=None):
 
 def find_method(name):
     """Model argument -> (folder or hub id, method, saved settings or None for other models)."""
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists() or (path / "metrics.jsonl").exists():
-        path = path if (path / "hf").is_dir() else latest_checkpoint(path)
-        if path is None:
-            fail(f"{name}: neither a model folder nor a run folder with a valid checkpoint")
-    path = path / "hf" if (path / "hf").is_dir() else path
-    if not (path / "latent" / "config.json").exists():
-        return (str(path) if path.is_dir() else name), "hrpo", None
-    saved = json.loads((path / "latent" / "config.json").read_text(encoding="utf-8"))
-    if saved["method"] not in METHODS:
-        fail(f"{name}: its method {saved['method']!r} is none of {', '.join(METHODS)}")
-    return str(path), saved["method"], saved
+    path, saved = model_folder(name), checkpoint_settings(name)
+    if not saved:
+        return name, "hrpo", None
+    method = saved["method"]  # one of our scripts, or a fork of one that lies beside this file
+    if not method.isidentifier() or not (Path(__file__).parent / f"{method}.py").is_file():
+        fail(f"{name}: was trained by {method}.py, which is not beside eval.py")
+    return str(path), method, saved
 
 
 def load_policy(name, args):
@@ -100,11 +97,7 @@ def load_policy(name, args):
     device = script.setup_distributed(cfg)[2]
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device)
     policy = script.Policy(lm, tokenizer, cfg)
-    if saved:
-        tensors = load_file(Path(source) / "latent" / "method.safetensors")
-        unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
-        if unknown:
-            fail(f"{name}: {method}.py does not know its tensors {', '.join(unknown)}")
+    load_method(policy, source, method)
     return script, policy, tokenizer, cfg
 
 
@@ -126,10 +119,14 @@ def summarise(metrics, num_samples):
     return metrics
 
 
+def result_stem(folder, name, data):
+    return folder / re.sub(r"[^\w.-]+", "-", f"{name.strip('/')}.{data}")
+
+
 def write_results(folder, name, data, row, records):
     """<model>.<data>.jsonl with every completion, .json with the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / re.sub(r"[^\w.-]+", "-", f"{name.strip('/')}.{data}")
+    stem = result_stem(folder, name, data)
     with open(f"{stem}.jsonl", "x", encoding="utf-8") as f:
         f.writelines(json.dumps(record) + "\n" for record in records)
     with open(f"{stem}.json", "x", encoding="utf-8") as f:
@@ -138,17 +135,21 @@ def write_results(folder, name, data, row, records):
 
 def print_table(rows):
     columns = [*COLUMNS, *(key for key in rows[-1] if key.startswith("pass@"))]
-    width = max(len(f"{row['model']} {row['data']}") for row in rows)
-    print(" " * width, *(f"{name[:14]:>14}" for name in columns))
-    for row in rows:
-        cells = (f"{row[c]:14d}" if isinstance(row[c], int) else f"{row[c]:14.3f}" for c in columns)
-        print(f"{row['model'] + ' ' + row['data']:{width}}", *cells)
+    labels = [f"{row['model']} {row['data']} {row['mode']}" for row in rows]
+    width = max(map(len, labels))
+    print(" " * width, *(f"{name:>15}" for name in columns))
+    for label, row in zip(labels, rows):
+        cells = (f"{row[c]:15d}" if isinstance(row[c], int) else f"{row[c]:15.3f}" for c in columns)
+        print(f"{label:{width}}", *cells)
 
 
 def main(argv=None):
     """Evaluate, print, write -> list of rows, one per model and data set."""
     args = parse_args(argv)
-    sets = {name: load_problems(name, "test", args.limit) for name in args.data.split(",")}
+    sets = {name: load_problems(name, "test", args.limit) for name in args.data.split(",") if name}
+    for name, data in itertools.product(args.models, sets) if args.out else []:
+        if Path(f"{result_stem(Path(args.out), name, data)}.jsonl").exists():
+            fail(f"--out {args.out}: already has results of {name} on {data}; name another folder")
     rows = []
     for name in args.models:
         script, policy, tokenizer, cfg = load_policy(name, args)
@@ -166,10 +167,7 @@ def main(argv=None):
                    "dtype": cfg.dtype, "torch": torch.__version__, **metrics}
             rows.append(row)
             if dist.get_rank() == 0 and args.out:
-                try:
-                    write_results(Path(args.out), name, data, row, records)
-                except FileExistsError as error:
-                    fail(f"--out: {error.filename} exists; name another folder")
+                write_results(Path(args.out), name, data, row, records)
     if dist.get_rank() == 0:
         print_table(rows)
     return rows

@@ -38,11 +38,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from common import (
-    Marker, autocast, candidate_scores, completion_hidden, completion_logprobs, encode_prompts,
-    fail, find_resume, frozen_copy, grade, join_batches, left_pad, lm_hidden, lm_logits,
-    load_checkpoint, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, mean,
-    micro_batches, open_run, peak_memory, save_checkpoint, select_rows, soft_embedding, warn,
-    weights_fingerprint)
+    Marker, autocast, candidate_scores, checkpoint_settings, completion_hidden,
+    completion_logprobs, encode_prompts, fail, find_resume, frozen_copy, grade, join_batches,
+    left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
+    lock_run, log_rows, lora_disabled, make_rng, mean, micro_batches, open_run, peak_memory,
+    save_checkpoint, select_rows, soft_embedding, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -98,7 +98,7 @@ class Config:
     save_every: int = "auto"  # steps; also after the last
     keep_checkpoints: int = 2  # the newest stay, older ones are deleted
     print_every: int = 50  # steps between printed sample completions
-    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of one
+    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of the newest
     stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
     # the method
@@ -134,6 +134,8 @@ class Config:
             fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
         if not 0 < self.r_min < self.r_max < 1:
             fail(f"--r_min {self.r_min}, --r_max {self.r_max}: want 0 < r_min < r_max < 1")
+        if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
+            fail(f"--train {self.train}: a file has no test split; name --eval_data")
         if self.update_epochs * self.minibatches > 1:  # s depends on the weights: on-policy only
             fail("--update_epochs, --minibatches: this method has no ratio, only one update a step")
 
@@ -155,7 +157,7 @@ PRESETS = {
 
 # === 2. the method ================================================================================
 
-NEEDS_OLD_LOGPROBS = False  # no ratio: one update per rollout
+NEEDS_OLD_LOGPROBS = False  # no ratio: one update per rollout; section 7 has it for other methods
 PLAIN = {"hybrid": False}  # the Config values that switch the method off
 METHOD_METRICS = ("gate_a", "hidden_ratio", "hidden_ratio_decay_only")
 
@@ -254,7 +256,8 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
     s and ids come from the same logits and are fed together, one position later. The token that
-    completes the marker and all that follow are fed plain; so is the prompt.
+    completes the marker and all that follow are fed plain; so is the prompt. `hidden` [b, H], which
+    made the logits, is there for methods that feed it back.
     """
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
@@ -266,16 +269,16 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
               "rollout_logprobs": torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0]}
     if not cfg.hybrid:
         return ids, embeds, record, state
-    if cfg.proj_tau > 0:
+    if cfg.proj_tau > 0:  # scores are logits / temperature
         probs = (scores * (cfg.temperature / cfg.proj_tau)).softmax(-1)
-    # eq. 3: s = E^T p / ||p||; a constant for the update, as the sampled id is
+    # eq. 3: s = E^T p / ||p|| (soft_embedding divides); a constant for the update, like the id
     soft = soft_embedding(probs, policy.table, candidates).detach()  # [b, H]
     tail = torch.cat([state["tail"][:, 1:], ids[:, None]], 1)
     seen = state["marker_seen"] | policy.marker.completed(tail)
     mixed, _ = policy.gate(embeds, soft)
     embeds = torch.where(seen[:, None], embeds, mixed)
-    fed = ~torch.isin(ids, policy.eos_ids) & (t + 1 < cfg.max_completion_length)
-    record.update(latent_mask=~seen & fed, soft_embeds=soft)  # nothing reads the last input
+    is_read = ~torch.isin(ids, policy.eos_ids) & (t + 1 < cfg.max_completion_length)
+    record.update(latent_mask=~seen & is_read, soft_embeds=soft)  # nothing reads the last input
     return ids, embeds, record, {"marker_seen": seen, "tail": tail}
 
 
@@ -283,10 +286,11 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
 def reference_logprobs(policy, reference, batch, cfg):
     """Log-probs [B, T] under the reference: a frozen copy, or (None) the model without adapters.
 
-    It reads plain tokens. So the KL term is above 0 from the first step and taxes the mixing too.
+    It reads plain tokens (but for --ref_hybrid), so the KL term is above 0 from the first step and
+    taxes the mixing too.
     """
     lm = policy.lm if reference is None else reference
-    embeds = lm.get_input_embeddings()(batch["completion_ids"])  # not the table in training
+    embeds = lm.get_input_embeddings()(batch["completion_ids"])  # its own table
     if cfg.ref_hybrid:
         embeds, _ = policy.completion_embeds(batch)
     with lora_disabled(lm), autocast(lm):
@@ -517,6 +521,7 @@ def parse_config(argv=None):
     parser.set_defaults(**PRESETS["tiny"])
     first = parser.parse_args(argv)
     by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
+    by_model = checkpoint_settings(first.model).get("preset", by_model)
     preset = by_model if first.preset == "auto" else first.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
@@ -742,6 +747,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)  # the same adapters and method parameters on every rank
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
     policy = Policy(lm, tokenizer, cfg)
+    load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
     eval_problems = encode_prompts(
         tokenizer, eval_problems, cfg.answer_marker, cfg.max_prompt_length)
@@ -774,7 +780,7 @@ def main(argv=None):
 
     hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
     bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)
-    result, saved, stalls = {}, True, {}
+    result, saved, stalls, stopping = {}, True, {}, False
     for step in range(state["step"], cfg.steps + 1):
         if (step % cfg.eval_every == 0 or step == cfg.steps) and not cfg.dry_run:
             clock, rng = time.time(), make_rng(device, cfg.seed, "eval", step, rank)
@@ -794,9 +800,9 @@ def main(argv=None):
             row, records = done
             state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
             if rank == 0 and not cfg.dry_run:
-                log_rows(out_dir, row, records[:2])
+                log_rows(out_dir, row, records[:: cfg.group_size][:2])
             if rank == 0:
-                show(row, records, stalls, cfg, bar)
+                show(row, records[:: cfg.group_size], stalls, cfg, bar)
         stopping = stop_agreed() or state["skipped"] >= 5 or step + 1 == cfg.stop_after
         due = stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if due and rank == 0 and not cfg.dry_run:
@@ -811,7 +817,11 @@ def main(argv=None):
                                 cfg.keep_checkpoints)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     if cfg.dry_run and rank == 0 and not signum:
-        print(f"dry run: peak memory {row['peak_mem_gib']:.2f} GiB, {row['seconds']:.1f} s a step")
+        print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
+              f"{row['seconds']:.1f} s a step")
+    elif rank == 0:
+        print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
+              f"with --resume auto, or: python eval.py {out_dir}", flush=True)
     if state["skipped"] >= 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
     if not saved:
@@ -826,6 +836,6 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError as error:
         fail(f"out of GPU memory ({str(error)[:99]}): lower --micro_batch, --max_tokens, "
-             "--num_prompts or --max_completion_length; --dry_run shows the peak of a step")
+             "--num_prompts, --eval_batch or --max_completion_length; see --dry_run")
     dist.destroy_process_group()
     gc.collect()  # without it gloo's threads can abort the interpreter's exit

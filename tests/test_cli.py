@@ -46,13 +46,15 @@ def refusal(method, argv, capsys):
     ("--steps 0", "--steps 0: at least 1"), ("--seed -1", "--seed -1: at least 0"),
     ("--dtype float16", "--dtype float32 bfloat16"), ("--preset big", "--preset big tiny paper"),
     ("--train arithmetic:99", "arithmetic:99 arithmetic:LO-HI"), ("--train no-such-set",
-    "no-such-set"), ("--train missing.jsonl", "missing.jsonl"), ("--model no/such/folder",
+    "no-such-set"),
+    ("--train missing.jsonl --eval_data missing.jsonl", "missing.jsonl"),
+    ("--model no/such/folder",
     "--model no/such/folder"), ("--lora_rank 2 --train_embeddings", "--train_embeddings LoRA"),
     ("--max_prompt_length 3", "--max_prompt_length 3 all 64"),
     ("--lr -1", "--lr -1"), ("--lr nan", "--lr"),
     ("--kl_coef -1", "--kl_coef"),
     ("--max_grad_norm -1", "--max_grad_norm"),
-    ("--device gpu", "--device gpu")])
+    ("--device gpu", "--device gpu"), ("--train some.jsonl", "some.jsonl --eval_data")])
 def test_bad_values_end_in_one_line_that_names_them(method, model, tmp_path, capsys, more, words):
     line = refusal(method, flags(model, tmp_path / "run", more), capsys)
     assert all(word in line for word in words.split()) and not (tmp_path / "run").exists()

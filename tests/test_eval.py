@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import shutil
 from importlib import import_module
 
 import pytest
-from conftest import save_folder
+from conftest import ROOT, save_folder
 from runs import METHODS, flags, train
 
 import common
@@ -62,8 +63,31 @@ def test_completions_are_written_so_that_anyone_can_grade_them_again(run, tmp_pa
     before = jsonl.read_bytes()
     with pytest.raises(SystemExit) as stop:
         evaluate(folder, "--num_samples", 4, "--out", tmp_path / "out")
-    assert stop.value.code == 2 and "exists" in capsys.readouterr().err
+    assert stop.value.code == 2 and "already has results" in capsys.readouterr().err
     assert jsonl.read_bytes() == before
+
+
+def test_a_fork_of_a_script_is_evaluated_by_the_fork(run, tmp_path, monkeypatch):
+    method, folder, _ = run
+    (tmp_path / "my_fork.py").write_bytes((ROOT / f"{method}.py").read_bytes())
+    (tmp_path / "eval.py").touch()
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    fork = shutil.copytree(common.latest_checkpoint(folder) / "hf", tmp_path / "hf")
+    settings = fork / "latent" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "method": "my_fork"}))
+    assert evaluate(fork)[0]["mode"] == "my_fork"
+
+
+def test_a_checkpoint_as_model_brings_its_method_and_preset(run, tmp_path):
+    method, folder, _ = run
+    script = import_module(method)
+    cfg = script.parse_config(["--model", str(folder)])
+    assert cfg.preset == "tiny"
+    policy = script.Policy(*common.load_model(str(folder)), cfg)
+    own = {k: v.clone() for k, v in policy.state_dict().items() if not k.startswith(("lm", "tab"))}
+    common.load_method(policy, str(folder), method)
+    assert own and any(not v.equal(policy.state_dict()[k]) for k, v in own.items())
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
@@ -74,7 +98,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
             assert evaluation.pass_at_k(correct, total, k) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("name, word", [("no/such/model", "no/such/model"), (".", "valid")])
+@pytest.mark.parametrize("name, word", [("no/such/model", "no/such/model"), (".", "not a model")])
 def test_a_folder_without_a_model_is_refused(name, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -138,7 +138,7 @@ def test_resume_takes_the_path_of_the_newest_checkpoint_and_no_other(
     train(method, flags(model, out, "--stop_after 3"))
     before = tree(out)
     for path, reason in ((out / "step_000002", "newer checkpoints"), (out / "no", "not a check"),
-                         (tmp_path / "elsewhere", "not a checkpoint in --out_dir")):
+                         (tmp_path / "elsewhere", "not a checkpoint (step")):
         if path.name == "elsewhere":
             shutil.copytree(out / "step_000003", path)
         assert train(method, flags(model, out, f"--resume {path}")) == 2

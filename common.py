@@ -1125,7 +1125,8 @@ def soft_embedding(probs, table, ids=None):
     exactly (under autocast: rounded to bfloat16). No gradient is stopped here.
     """
     weight = table.weight if isinstance(table, nn.Module) else table
-    norm = probs.float().norm(dim=-1, keepdim=True)
+    precise = torch.promote_types(probs.dtype, torch.float32)
+    norm = probs.to(precise).norm(dim=-1, keepdim=True)
     if ids is not None:
         mean = top_k_mixture(ids, probs, weight)
     else:

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,12 @@ from transformers import (
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 
+METHODS = ["hrpo"]  # the scripts under test
 WORDS = ["<pad>", "<bos>", "<eos>", *"0123456789+-*=# abcdefgh"]
 
 
@@ -87,3 +91,18 @@ def save_folder(folder, lm=None, tokenizer=None):
     (lm or make_lm()).save_pretrained(folder)
     (tokenizer or make_tokenizer()).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a random model."""
+    return save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=METHODS)
+def method(request, monkeypatch):
+    """Name of a script, which loads no more than 64 problems."""
+    script, load = import_module(request.param), common.load_problems
+    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
+        spec, split, limit or 64))
+    return request.param

@@ -9,12 +9,12 @@ import time
 from importlib import import_module
 
 import torch
-from conftest import ROOT
+from conftest import METHODS, ROOT
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)  # tiny tensors; on busy cores two threads wait for each other
-METHODS = ["hrpo"]  # the scripts under test
 OFF = {"hrpo": "--no-hybrid"}  # what turns each into plain GRPO
+assert set(OFF) == set(METHODS)
 QUICK = ("--preset tiny --train arithmetic:2 --device cpu --steps 4 --num_prompts 4 --group_size 4 "
          "--max_completion_length 8 --eval_limit 8 --eval_every 2 --save_every 2 --lr 0.01 "
          "--kl_coef 0.5 --warmup_steps 1")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_replay import EOS, METHODS, PROMPTS, build, draw, gradients, score
+from conftest import METHODS
+from test_replay import EOS, PROMPTS, build, draw, gradients, score
 
 from common import join_batches, left_pad, micro_batches, select_rows
 

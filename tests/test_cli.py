@@ -10,26 +10,11 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, save_folder
-from runs import METHODS, OFF, flags, rows, train, tree
-
-import common
+from conftest import ROOT
+from runs import OFF, flags, rows, train, tree
 
 EXTRA = {"hrpo": {"gate_a", "hidden_ratio", "hidden_ratio_decay_only"}}  # metrics of the method
 ELSEWHERE = {"device", "dtype", "preset"}  # "auto" fields that no preset sets
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=METHODS)
-def method(request, monkeypatch):
-    script, load = import_module(request.param), common.load_problems
-    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
-        spec, split, limit or 64))
-    return request.param
 
 
 def refusal(method, argv, capsys):

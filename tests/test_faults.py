@@ -7,23 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_lm, save_folder
-from runs import METHODS, differences, flags, launch, rows, train, tree, wait_until
+from runs import differences, flags, launch, rows, train, tree, wait_until
 from safetensors import SafetensorError
 
 import common
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=METHODS)
-def method(request, monkeypatch):
-    script, load = import_module(request.param), common.load_problems
-    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
-        spec, split, limit or 64))
-    return request.param
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_lm, make_tokenizer, save_folder
+from conftest import ROOT, make_lm, make_tokenizer
 from runs import METHODS, differences, flags, launch, rows, train, wait_until
 
 import common
@@ -20,13 +20,9 @@ SLOW = "--steps 40 --max_completion_length 24 --save_every 1000 --eval_every 100
 ENDLESS = SLOW.replace("40", "100000")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture(params=METHODS)
 def method(request):
+    """Name of a script, unchanged: the runs here go on in other processes."""
     return request.param
 
 

@@ -5,8 +5,7 @@ import random
 from importlib import import_module
 
 import pytest
-
-METHODS = ["hrpo"]
+from conftest import METHODS
 
 
 def train(method, tmp_path, *flags):

@@ -9,23 +9,10 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import make_lm, make_tokenizer, save_folder
-from runs import METHODS, OFF, differences, flags, rows, train
+from runs import OFF, differences, flags, rows, train
 from safetensors.torch import load_file, save_file
 
 import common
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=METHODS)
-def method(request, monkeypatch):
-    script, load = import_module(request.param), common.load_problems
-    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
-        spec, split, limit or 64))
-    return request.param
 
 
 def odd_model(folder, tokenizer, lm=None, **generation):

@@ -4,14 +4,13 @@ import importlib
 
 import pytest
 import torch
-from conftest import make_lm, make_tokenizer
+from conftest import METHODS, make_lm, make_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common import lm_logits, make_rng, select_rows
 
 torch.set_num_threads(1)  # models this small lose a factor of ten to thread switching
-METHODS = ["hrpo"]
 CHANGES = {"hrpo": dict(r_min=0.2, r_max=0.9)}  # strong mixing, so that an error in it is visible
 EOS = (2, 5, 8, 11)  # ids that end a completion; a random model hits one of them soon
 HASHES = ["#", "##", "###", "a#", "#b", "##c", "d", "e", " "]

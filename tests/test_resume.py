@@ -14,11 +14,6 @@ import common
 VARIANTS = ["", "OFF", "--lora_rank 4", "OFF --lora_rank 4"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
 def odd_length(record):
     """A reward that a random model earns half the time, so that the policy gradient matters."""
     return float(record["length"] % 2)

@@ -298,9 +298,9 @@ def reference_logprobs(policy, reference, batch, cfg):
         return completion_logprobs(lm, hidden, batch["completion_ids"], batch["loss_mask"])[0]
 
 
-def k3(logprobs, ref_logprobs):
-    """Estimate of KL(policy || reference) at each position: exp(d) - d - 1 >= 0, d = ref - now."""
-    difference = ref_logprobs - logprobs
+def kl_estimate(outputs, batch):
+    """k3 estimate [B, T] of KL(policy || reference): exp(d) - d - 1 >= 0, d = reference - now."""
+    difference = batch["ref_logprobs"] - outputs["logprobs"]
     return torch.exp(difference) - difference - 1
 
 
@@ -314,7 +314,7 @@ def policy_loss(outputs, batch, cfg):
     logprobs = outputs["logprobs"]
     loss = -torch.exp(logprobs - logprobs.detach()) * batch["advantages"]
     if cfg.kl_coef > 0:
-        loss = loss + cfg.kl_coef * k3(logprobs, batch["ref_logprobs"])
+        loss = loss + cfg.kl_coef * kl_estimate(outputs, batch)
     return loss
 
 
@@ -719,7 +719,7 @@ def measure(policy, outputs, micro, cfg, step, sums, peaks):
     mask, logprobs = micro["loss_mask"], outputs["logprobs"]
     values = {"entropy": (outputs["entropy"], mask)}
     if cfg.kl_coef > 0:
-        values["kl"] = (k3(logprobs, micro["ref_logprobs"]), mask)
+        values["kl"] = (kl_estimate(outputs, micro), mask)
     for name, value in zip(METHOD_METRICS, method_metrics(policy, outputs, micro, cfg, step) or ()):
         values[name] = (value, micro["latent_mask"])
     for name, (value, where) in values.items():

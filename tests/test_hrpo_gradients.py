@@ -117,9 +117,11 @@ def test_reference_reads_tokens_and_depends_on_nothing_that_is_trained(lora_rank
     P = batch["prompt_ids"].shape[1]
     slow = logits[:, P - 1 : -1].log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
     torch.testing.assert_close(before, slow * batch["loss_mask"], rtol=0, atol=2e-5)
-    assert hrpo.k3(score(policy, batch), before)[batch["loss_mask"]].mean() > 1e-3  # at step 0
+    kl = hrpo.kl_estimate({"logprobs": score(policy, batch)}, {"ref_logprobs": before})
+    assert kl[batch["loss_mask"]].mean() > 1e-3  # at step 0
     tokens = {n: v for n, v in batch.items() if n != "soft_embeds"}
-    assert hrpo.k3(score(policy, tokens), before).max() < 1e-6
+    kl = hrpo.kl_estimate({"logprobs": score(policy, tokens)}, {"ref_logprobs": before})
+    assert kl.max() < 1e-6
     batch["soft_embeds"] = batch["soft_embeds"] + 1.0
     for p in policy.parameters():
         if p.requires_grad:

@@ -691,21 +691,22 @@ def read_text(value, where):
 def arithmetic_problems(spec, split="train", limit=0):
     """The built-in task: chains of digit operations modulo 10, with a teacher that errs.
 
-    spec    `arithmetic[-verbose][:N or :LO-HI]`, N operations per chain, 5 by default
+    spec    `arithmetic[-verbose|-restated][:N or :LO-HI]`, N operations per chain, 5 by default
     split   train (16384 problems) or test (1024): told apart by a hash, so disjoint by construction
     -> {"question": "3+8-5*7=", "answer": "2", "steps": ["+1", "-6", "*2"], "teacher_answer": "2"}
 
-    A step is the operator and the running value; verbose restates the operand, "+8=1". `answer` is
+    A step is the operator and the running value; verbose restates the operand, "+8=1"; restated has
+    two steps an operation, one that only copies, "+8=3+8", and one that computes, "=1". `answer` is
     the truth. `steps` and `teacher_answer` come from a sloppy teacher: on a fixed sixth of the
     facts (a, op, b) it writes one fixed wrong value 60 % of the time and goes on from there. * has
     only the operands 3, 7, 9: those permute the digits, so that a wrong value stays wrong.
     """
-    parts = re.fullmatch(r"arithmetic(-verbose)?(?::(\d{1,2})(?:-(\d{1,2}))?)?", spec)
+    parts = re.fullmatch(r"arithmetic(-verbose|-restated)?(?::(\d{1,2})(?:-(\d{1,2}))?)?", spec)
     low = int(parts[2] or 5) if parts else 0
     high = int(parts[3] or low) if parts else 0
     if not 1 <= low <= high <= 40 or split not in ("train", "test"):
-        fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic:N or "
-             "arithmetic:LO-HI, lengths of 1 to 40, split train or test")
+        fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic-restated, "
+             "arithmetic:N or arithmetic:LO-HI, lengths of 1 to 40, split train or test")
     teacher = random.Random("sloppy")
     sloppy = {}
     for fact in [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]:
@@ -722,10 +723,13 @@ def arithmetic_problems(spec, split="train", limit=0):
             op = rng.choice("+-*")
             b = rng.choice((3, 7, 9)) if op == "*" else rng.randint(0, 9)
             errs = (value, op, b) in sloppy and rng.random() < 0.6
+            if parts[1] == "-restated":
+                steps.append(f"{op}{b}={value}{op}{b}")
             value = sloppy[value, op, b] if errs else apply_operation(value, op, b)
             truth = apply_operation(truth, op, b)
             question += f"{op}{b}"
-            steps.append(f"{op}{b}={value}" if parts[1] else f"{op}{value}")
+            written = {None: f"{op}{value}", "-verbose": f"{op}{b}={value}"}
+            steps.append(written.get(parts[1], f"={value}"))
         if (zlib.crc32(question.encode()) % 16 == 0) == (split == "test"):
             rows.append({"question": f"{question}=", "answer": str(truth), "steps": steps,
                          "solution": None, "teacher_answer": str(value),

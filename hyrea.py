@@ -202,7 +202,7 @@ class Policy(nn.Module):
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         # never a free choice; explicit models of a vocabulary with markers do not switch either
         banned = [self.end_id, self.latent_id] + [self.start_id] * (not cfg.max_replaced_steps)
-        self.banned = torch.tensor([i for i in banned if i >= 0], device=lm.device)
+        self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
         # The markers' rows have to learn what no other token means; the other rows stay as they
         # are, but for --train_embeddings. The row of <latent> itself is never read.
         self.train_embeddings = cfg.train_embeddings
@@ -535,14 +535,14 @@ def round_of(step, cfg):
 
 def sft_examples(chosen, policy, k, cfg):
     """Demonstrations -> batch, with up to k steps of each chain replaced."""
-    entropies = [None] * len(chosen)
+    entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
     if k and cfg.replace == "entropy":
         # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
         entropies = chain_entropies(policy.lm, chosen)
     rows = []
     for problem, values in zip(chosen, entropies):
         rng, most = make_rng("cpu", cfg.seed, "replace", problem["question"]), k
-        if values and cfg.max_entropy > 0:
+        if cfg.max_entropy > 0:
             most = min(k, sum(value < cfg.max_entropy for value in values))
         steps = replace_steps(problem["steps_ids"], values, most, cfg.replace, rng)
         rows.append(sft_example(steps, problem["answer_ids"], policy, cfg.latents_per_step))
@@ -710,20 +710,31 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
 # === 4. rewards and advantages ====================================================================
 
 
-REWARD = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "spans": 1}  # [sec. 2; sizes ours]
+def reward_weights(cfg):
+    """Sizes of the three rewards, and the number of switches that earns all of the third."""
+    return {"accuracy": cfg.reward_accuracy, "format": cfg.reward_format,
+            "latent": cfg.reward_latent * (cfg.max_replaced_steps > 0),
+            "switches": cfg.max_replaced_steps if cfg.latent_reward == "frac" else 1}
+
+
+DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}  # [sec. 2; ours]
+
+
+def latent_reward(record, wanted=1):
+    """Switches of a completion to latents, as a share of those wanted; at most 1."""
+    return min(1.0, record["completion"].count(MARKERS[0]) / wanted)
 
 
 def reward(record):
-    """Weighted sum of right answer; one marker and EOS; use of latents -> float.
+    """Weighted sum of: right answer; exactly one answer marker and an EOS; use of latents.
 
-    With the default weights a right answer without latents beats a wrong one with them. A record
-    may hold its own "weights"; "spans" is the number of switches that earns all of the last part.
+    With the default weights, which evaluation uses, a right answer without latents beats a wrong
+    one with them. Training puts the weights of the flags into the record.
     """
-    weights = record.get("weights", REWARD)
+    weights = record.get("weights", DEFAULT_WEIGHTS)
     form = record["format_ok"] and not record["truncated"]
-    latent = min(1.0, record["completion"].count(MARKERS[0]) / weights["spans"])
     return (weights["accuracy"] * record["correct"] + weights["format"] * form
-            + weights["latent"] * latent)
+            + weights["latent"] * latent_reward(record, weights["switches"]))
 
 
 def group_advantages(rewards, group_size, eps=1e-4):
@@ -751,9 +762,6 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
     groups as far as they find others. The size of the batch is fixed; no collective in here.
     """
     rank, share = dist.get_rank(), cfg.num_prompts // dist.get_world_size()
-    weights = {"accuracy": cfg.reward_accuracy, "format": cfg.reward_format,
-               "latent": cfg.reward_latent if cfg.max_replaced_steps else 0.0,
-               "spans": cfg.max_replaced_steps if cfg.latent_reward == "frac" else 1}
     indices = batch_indices(len(problems), cfg.num_prompts, cfg.seed, step)
     indices = indices[rank * share : (rank + 1) * share]
     batches, records, live, dead = [], [], [], []
@@ -766,7 +774,7 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
         batch = rollout(policy, prompts, cfg, rng, cfg.group_size)
         graded = grade(batch, [problems[i] for i in indices], tokenizer, cfg.answer_marker)
         for record in graded:
-            record["reward"] = reward({**record, "weights": weights})
+            record["reward"] = reward({**record, "weights": reward_weights(cfg)})
         batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
         for group, spread in enumerate(batch["rewards"].view(share, -1).std(1).tolist()):
             (live if spread > 0 else dead).append(draw * share + group)
@@ -975,6 +983,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     seconds, tokens = time.time() - clock, sum(r["length"] for r in records)
     for name in ("reward", "correct", "format_ok", "length", "latent_steps", "truncated"):
         sums[name] = [sum(r[name] for r in records), len(records)]
+    wanted = reward_weights(cfg)["switches"]
+    sums["latent_reward"] = [sum(latent_reward(r, wanted) for r in records), len(records)]
     spread = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size).std(1)
     sums["zero_std_frac"] = [int((spread == 0).sum()), len(spread)]
     sums["tokens_per_s_rollout"] = [tokens, rollout_seconds / world_size]

@@ -107,7 +107,7 @@ class Config:
     # the method
     stage: str = "all"  # sft: the cold start, rl: from --model as it is, all: both [ours]
     max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
-    latents_per_step: int = 1  # latent slots for a step, c; above 4 it gets worse [fig. 7; ours]
+    latents_per_step: int = "auto"  # latent slots for a step, c; 1 to 4, above it fails [fig. 7]
     replace: str = "entropy"  # steps replaced: entropy = foreseeable first, random, all [sec. 1]
     max_entropy: float = 0.0  # with entropy: replace only steps below it, nats; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
@@ -124,7 +124,6 @@ class Config:
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
     sft_save_every: int = "auto"  # steps [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 1]
-    entropy_once: bool = False  # rank steps by the first round's model, not each round's [ours]
 
     def __post_init__(self):
         if self.warmup_steps < 0:
@@ -159,18 +158,20 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
-        train="arithmetic-verbose", answer_marker="</think>", steps=100, num_prompts=32,
-        group_size=8, max_prompt_length=128, max_completion_length=48, temperature=1.0, top_k=0,
-        lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=64, lora_rank=0,
-        eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, max_replaced_steps=5,
-        latent_rms=True, sft_steps=600, sft_batch=64, sft_lr=1e-3, sft_save_every=200),
-    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct [sec. 1]; all numbers [ours], none is public
+    "tiny": dict(  # 0.5M parameters, two CPU cores; spans as long as the copied steps [ours]
+        train="arithmetic-restated:3", answer_marker="</think>", steps=60, num_prompts=16,
+        group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
+        lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
+        eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
+        latents_per_step=4, latent_rms=True, sft_steps=200, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=100),
+    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [sec. 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
         eval_every=100, eval_limit=200, eval_batch=64, save_every=250, max_replaced_steps=5,
-        latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5, sft_save_every=250),
+        latents_per_step=1, latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5,
+        sft_save_every=250),
 }
 
 # === 2. the method ================================================================================
@@ -184,6 +185,19 @@ MARKERS = ("<start-latent>", "<end-latent>", "<latent>")
 def pick(states, columns):
     """states [B, S, H], columns [B, T] -> [B, T, H], in each row the states at its columns."""
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class FreeHead:
+    """The head of lm, by which some ids have no probability: all that completion_logprobs needs."""
+
+    def __init__(self, lm, banned):
+        self.head, self.banned, self.num_tokens = lm.get_output_embeddings(), banned, lm.num_tokens
+
+    def get_output_embeddings(self):
+        return self
+
+    def __call__(self, hidden):
+        return self.head(hidden).index_fill(-1, self.banned, -1e4)  # -inf: no entropy
 
 
 class Policy(nn.Module):
@@ -270,22 +284,21 @@ class Policy(nn.Module):
         return pick(torch.cat(pieces, 1), where[:, width - 1 :])
 
     def score(self, hidden, batch, lm):
-        """-> log-probs of completion_ids [B, T], entropy [B, T] of the full vocabulary (nats).
+        """-> log-probs [B, T] of completion_ids, entropy [B, T] of free choices; 0 elsewhere.
 
         Scored as sampled, at --temperature: a free choice is never <end-latent> or <latent>, one
-        inside a span (--end_latent sampled, supervised ends) is one of these two. So the log-prob
-        is that of the full vocabulary minus the log of what was allowed. Outside loss_mask: 0.
+        inside a span (--end_latent sampled, and supervised ends) is one of these two.
         """
         ids, mask, temperature = batch["completion_ids"], batch["loss_mask"], self.cfg.temperature
-        if not len(self.banned):
-            return completion_logprobs(lm, hidden, ids, mask, temperature)
-        banned = self.banned.expand(*ids.shape, -1)
+        inside = mask & torch.isin(ids, self.banned)
         logprobs, entropy = completion_logprobs(
-            lm, hidden, torch.cat([ids[..., None], banned], -1), mask, temperature)
-        inside = torch.isin(ids, self.banned) & mask
-        others = logprobs[..., 1:].logsumexp(-1).masked_fill(~mask, -1e4)  # log of the banned mass
-        free = torch.log1p(-others.masked_fill(inside, -1e4).clamp(max=-1e-6).exp())
-        return (logprobs[..., 0] - torch.where(inside, others, free)) * mask, entropy
+            FreeHead(lm, self.banned), hidden, ids, mask & ~inside, temperature)
+        if inside.any():
+            pair, _ = completion_logprobs(  # [B, T, 2]
+                lm, hidden, self.banned.expand(*ids.shape, -1), inside, temperature)
+            chosen = torch.where(ids == self.end_id, pair[..., 0], pair[..., 1])
+            logprobs = logprobs + (chosen - pair.logsumexp(-1)) * inside
+        return logprobs, entropy
 
     def forward(self, batch):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "size" [B, T]}.
@@ -607,7 +620,8 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
         number, first, share, k = round_of(step, cfg)
         if step in (first, cfg.steps):
             rng = make_rng(policy.table.weight.device, cfg.seed, "check", step, rank)
-            metrics = evaluate(policy, tokenizer, eval_problems, cfg, rng)
+            problems_now = eval_problems[: len(eval_problems) if step == cfg.steps else 256]
+            metrics = evaluate(policy, tokenizer, problems_now, cfg, rng)
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records, result = metrics.pop("records"), metrics
@@ -1113,7 +1127,8 @@ def main(argv=None):
     for step in range(state["step"], cfg.steps + 1):
         if (step % cfg.eval_every == 0 or step == cfg.steps) and not cfg.dry_run:
             clock, rng = time.time(), make_rng(device, cfg.seed, "eval", step, rank)
-            metrics = evaluate(policy, tokenizer, eval_problems, cfg, rng)
+            problems_now = eval_problems[: len(eval_problems) if step == cfg.steps else 256]
+            metrics = evaluate(policy, tokenizer, problems_now, cfg, rng)
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records, result = metrics.pop("records"), metrics

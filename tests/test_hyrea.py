@@ -131,7 +131,7 @@ def test_a_span_is_start_then_latents_then_end(c, end):
                 assert free[t] == (end == "sampled")
                 left = -1 if ids[t] == E else left - 1
             assert latent[t] == (ids[t] == L and t + 1 < limit)
-    assert spans > 5 and batch["latent_mask"].any() == (c > 0)
+    assert spans >= 5 and batch["latent_mask"].any() == (c > 0)
 
 
 def test_a_latent_reads_the_hidden_state_that_decided_its_position(monkeypatch):
@@ -162,7 +162,7 @@ def test_scores_are_renormalised_without_the_forbidden_ids():
         logits[..., [policy.end_id, policy.latent_id]] = -torch.inf
         exact = torch.log_softmax(logits, -1).gather(-1, batch["completion_ids"][..., None])[..., 0]
     mask = batch["loss_mask"]
-    torch.testing.assert_close(score(policy, batch)[mask], exact[mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(score(policy, batch)[mask], exact[mask], rtol=0, atol=1e-6)
     assert not score(policy, batch)[~mask].any()
 
 
@@ -205,7 +205,7 @@ def test_only_the_markers_rows_of_the_embeddings_learn():
     policy, cfg = built(2)
     found, _ = gradients(script, policy, cfg, draw_often(policy, cfg))
     g = found["lm.model.embed_tokens.weight"]
-    assert g[policy.start_id].any() and g[policy.end_id].any() and not g[:29].any()
+    assert g[policy.start_id].any() and g[policy.end_id].any() and not g[:14].any()
     policy, cfg = built(2, train_embeddings=True)
     found, _ = gradients(script, policy, cfg, draw_often(policy, cfg))
     assert found["lm.model.embed_tokens.weight"][:29].any()

@@ -13,7 +13,7 @@ from common import lm_logits, make_rng, select_rows
 torch.set_num_threads(1)  # models this small lose a factor of ten to thread switching
 CHANGES = {  # strong mixing, so that an error in it is visible
     "hrpo": dict(r_min=0.2, r_max=0.9),
-    "hyrea": dict(latents_per_step=2, latent_rms=False)}
+    "hyrea": dict(latents_per_step=1, latent_rms=False)}
 EOS = (2, 5, 8, 11)  # ids that end a completion; a random model hits one of them soon
 HASHES = ["#", "##", "###", "a#", "#b", "##c", "d", "e", " "]
 PROMPTS = [[1, 4, 6], [1, 6, 7, 12, 9, 10, 13, 3], [4], [1, 17, 17, 17, 17, 12]]
@@ -39,6 +39,8 @@ def build(method, kind="llama", tokenizer=None, eos=EOS, pad=0, seed=0, **change
     for name, p in policy.named_parameters():
         if not name.startswith(("lm.", "table.")) and p.dim() > 1:
             p.data.mul_(20)
+    if method == "hyrea":
+        policy.start_id = 14  # an id that random models sample often, as the real one is not
     return module, policy, cfg
 
 

@@ -163,8 +163,8 @@ PRESETS = {
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=4, latent_rms=True, sft_steps=200, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=100),
+        latents_per_step=4, latent_rms=True, sft_steps=400, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=200),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [sec. 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
@@ -219,7 +219,6 @@ class Policy(nn.Module):
         self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
         # The markers' rows have to learn what no other token means; the other rows stay as they
         # are, but for --train_embeddings. The row of <latent> itself is never read.
-        self.train_embeddings = cfg.train_embeddings
         for module in {self.table, lm.get_output_embeddings()}:
             module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
             if module.weight.requires_grad and not cfg.train_embeddings:
@@ -227,17 +226,15 @@ class Policy(nn.Module):
 
     def only_markers(self, grad):
         """Gradient of the embedding table or head [rows, H], 0 but for the rows of the markers."""
-        kept = torch.zeros_like(grad[:, :1])
-        kept[[self.start_id, self.end_id, self.latent_id]] = 1
-        return grad * kept
+        rows = [self.start_id, self.end_id, self.latent_id]
+        return torch.zeros_like(grad).index_put((torch.tensor(rows),), grad[rows])
 
     @torch.no_grad()
     def reset_markers(self):
         """Start the markers' rows as the mean row: neither likely nor unlikely."""
+        rows = [self.start_id, self.end_id, self.latent_id]
         for module in {self.table, self.lm.get_output_embeddings()}:
-            mean_row = module.weight[: min(self.start_id, self.end_id, self.latent_id)].mean(0)
-            for i in (self.start_id, self.end_id, self.latent_id):
-                module.weight[i] = mean_row
+            module.weight[rows] = module.weight[: min(rows)].mean(0)
 
     def latent_input(self, hidden, lm=None):
         """Hidden state -> the input of a latent slot, [.., H]: itself, or scaled (--latent_rms)."""
@@ -450,14 +447,9 @@ def step_entropies(model, prompt_ids, steps_ids):
 @torch.no_grad()
 def chain_entropies(model, problems):
     """step_entropies of several problems at once: one teacher-forced pass, without latents."""
-    prompt_ids, prompt_mask = left_pad(
-        [p["prompt_ids"] for p in problems], model.pad_id, model.device)
-    chains = [sum(p["steps_ids"], []) for p in problems]
-    lengths = torch.tensor([len(chain) for chain in chains])
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chains], True, model.pad_id)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_mask": mask}
+    chains = [sum(problem["steps_ids"], []) for problem in problems]
+    batch = lay_out(chains, [problem["prompt_ids"] for problem in problems], model)
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
     with autocast(model):
         hidden = completion_hidden(model, batch, model.get_input_embeddings()(ids))
         entropies = completion_logprobs(model, hidden, ids, mask)[1].tolist()
@@ -467,6 +459,19 @@ def chain_entropies(model, problems):
         steps = [[next(tokens) for _ in step] for step in problem["steps_ids"]]
         found.append([sum(values) / len(values) for values in steps])
     return found
+
+
+def lay_out(rows, prompts, lm, latent_id=-1):
+    """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, lm.pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    exists = torch.arange(ids.shape[1]) < lengths[:, None]
+    latent = exists & (ids == latent_id)
+    batch = {"completion_ids": ids, "lengths": lengths, "completion_mask": exists,
+             "latent_mask": latent, "loss_mask": exists & ~latent}
+    batch = {name: value.to(lm.device) for name, value in batch.items()}
+    batch["prompt_ids"], batch["prompt_mask"] = left_pad(prompts, lm.pad_id, lm.device)
+    return batch
 
 
 def replace_steps(steps, entropies, k, mode, rng=None):
@@ -500,32 +505,11 @@ def read_demonstrations(problems, tokenizer, cfg):
                 and length <= cfg.max_completion_length:
             kept.append({**problem, "steps_ids": parts[:-1],
                          "answer_ids": [*parts[-1], tokenizer.eos_token_id]})
-    if not kept:
-        fail(f"--stage {cfg.stage}: no problem of --train {cfg.train} has steps or a solution that "
-             f"fits into --max_completion_length {cfg.max_completion_length}; or use --stage rl")
-    if len(kept) < len(problems):
-        warn(f"{len(problems) - len(kept)} of {len(problems)} problems demonstrate nothing: no "
-             "chain, or over --max_completion_length")
+    lost, bound = len(problems) - len(kept), f"--max_completion_length {cfg.max_completion_length}"
+    if lost:
+        (warn if kept else fail)(f"{lost} of {len(problems)} problems of --train {cfg.train} "
+                                 f"demonstrate nothing: no steps or solution, or over {bound}")
     return kept
-
-
-def sft_example(steps, answer, policy, c):
-    """steps (ids, or None for a replaced one), answer ids -> completion ids."""
-    span = [policy.start_id, *[policy.latent_id] * c, policy.end_id]
-    return sum([span if step is None else step for step in steps], []) + answer
-
-
-def demonstrate(rows, prompts, policy):
-    """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, policy.pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    exists = torch.arange(ids.shape[1]) < lengths[:, None]
-    latent = exists & (ids == policy.latent_id)
-    batch = {"completion_ids": ids, "lengths": lengths, "completion_mask": exists,
-             "latent_mask": latent, "loss_mask": exists & ~latent}
-    batch = {name: value.to(policy.lm.device) for name, value in batch.items()}
-    batch["prompt_ids"], batch["prompt_mask"] = left_pad(prompts, policy.pad_id, policy.lm.device)
-    return batch
 
 
 def label_weights(batch, policy, marker_weight):
@@ -552,14 +536,16 @@ def sft_examples(chosen, policy, k, cfg):
     if k and cfg.replace == "entropy":
         # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
         entropies = chain_entropies(policy.lm, chosen)
+    span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
     rows = []
     for problem, values in zip(chosen, entropies):
         rng, most = make_rng("cpu", cfg.seed, "replace", problem["question"]), k
         if cfg.max_entropy > 0:
             most = min(k, sum(value < cfg.max_entropy for value in values))
         steps = replace_steps(problem["steps_ids"], values, most, cfg.replace, rng)
-        rows.append(sft_example(steps, problem["answer_ids"], policy, cfg.latents_per_step))
-    return demonstrate(rows, [p["prompt_ids"] for p in chosen], policy)
+        steps = [span if step is None else step for step in steps]
+        rows.append(sum(steps, []) + problem["answer_ids"])
+    return lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
 
 
 def sft_update(policy, optimizer, trained, batch, step, cfg):

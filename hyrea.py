@@ -124,6 +124,7 @@ class Config:
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
     sft_save_every: int = "auto"  # steps [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 1]
+    entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
 
     def __post_init__(self):
         if self.warmup_steps < 0:
@@ -163,15 +164,15 @@ PRESETS = {
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=4, latent_rms=True, sft_steps=400, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=200),
+        latents_per_step=4, latent_rms=True, sft_steps=300, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=150, entropy_once=True),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [sec. 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
         eval_every=100, eval_limit=200, eval_batch=64, save_every=250, max_replaced_steps=5,
         latents_per_step=1, latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5,
-        sft_save_every=250),
+        sft_save_every=250, entropy_once=False),
 }
 
 # === 2. the method ================================================================================
@@ -530,12 +531,16 @@ def round_of(step, cfg):
     return number, number * size, (number + 1) / cfg.sft_rounds, min(number, most)
 
 
-def sft_examples(chosen, policy, k, cfg):
-    """Demonstrations -> batch, with up to k steps of each chain replaced."""
+def sft_examples(chosen, policy, k, cfg, ranker=None):
+    """Demonstrations -> batch, with up to k steps of each chain replaced.
+
+    ranker: the language model whose entropies decide; None = today's. Today's forgets how to write
+    what it no longer writes, so the steps already replaced may come to look uncertain.
+    """
     entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
     if k and cfg.replace == "entropy":
         # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
-        entropies = chain_entropies(policy.lm, chosen)
+        entropies = chain_entropies(ranker or policy.lm, chosen)
     span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
     rows = []
     for problem, values in zip(chosen, entropies):
@@ -588,8 +593,12 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
     trained = [p for group in groups for p in group["params"]]
     state, newest, result = {"step": 0}, latest_checkpoint(folder), {}
+    ranker = None
     if newest:
         state = load_checkpoint(newest, policy, optimizer, settings, CAN_CHANGE)
+        if "ranker" in state:
+            ranker = frozen_copy(policy.lm)
+            ranker.load_state_dict(state["ranker"])
     elif cfg.max_replaced_steps and not checkpoint_settings(cfg.model):
         policy.reset_markers()
     if state["step"] == cfg.steps and folder != Path(cfg.out_dir):
@@ -618,11 +627,14 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
                     "step", "replaced", "accuracy", "stderr", "latent_steps", "visible_tokens")))
         if step == cfg.steps:
             break
+        if k and not ranker and cfg.entropy_once and cfg.replace == "entropy":
+            ranker = frozen_copy(policy.lm)  # it has only seen plain chains
         active = max(1, round(share * len(problems)))
         indices = batch_indices(active, cfg.sft_batch, (cfg.seed, "sft", number), step - first)
-        batch = sft_examples([problems[i] for i in indices[rank::world_size]], policy, k, cfg)
+        batch = sft_examples(
+            [problems[i] for i in indices[rank::world_size]], policy, k, cfg, ranker)
         loss, grad_norm = sft_update(policy, optimizer, trained, batch, step, cfg)
-        state = {"step": step + 1}
+        state = {"step": step + 1, **({"ranker": ranker.state_dict()} if ranker else {})}
         if rank == 0:
             bar.update()
             bar.set_postfix_str(f"round {number}  replaced {k}  loss {loss:.3f}")
@@ -1113,8 +1125,7 @@ def main(argv=None):
     for step in range(state["step"], cfg.steps + 1):
         if (step % cfg.eval_every == 0 or step == cfg.steps) and not cfg.dry_run:
             clock, rng = time.time(), make_rng(device, cfg.seed, "eval", step, rank)
-            problems_now = eval_problems[: len(eval_problems) if step == cfg.steps else 256]
-            metrics = evaluate(policy, tokenizer, problems_now, cfg, rng)
+            metrics = evaluate(policy, tokenizer, eval_problems, cfg, rng)
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records, result = metrics.pop("records"), metrics

@@ -31,6 +31,7 @@ def built(**changes):
     tokenizer = make_tokenizer()
     _, policy, cfg = build("hyrea", tokenizer=tokenizer, answer_marker="</think>",
                            max_completion_length=40, **changes)
+    policy.start_id = len(tokenizer) - 3  # the real one
     problems = common.encode_prompts(
         tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), "</think>", 99)
     return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, cfg)

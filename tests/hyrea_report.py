@@ -1,0 +1,93 @@
+"""Where a model switches to latents, how sure it is there, and which steps are foreseeable.
+
+python tests/hyrea_report.py runs/hyrea-tiny-arithmetic-restated-3-s0 [more models] [--limit 512]
+
+For each model, greedy on the test split of its --train: accuracy, tokens, switches; a histogram of
+the switches over tenths of the completion; the entropy of the positions that open a span and of
+all others. Then the mean entropies of the written chain's steps, for models of the built-in task
+split into the two kinds of steps. A model that is not a checkpoint shows only the latter.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import eval as evaluation  # noqa: E402
+import hyrea  # noqa: E402
+from common import encode_prompts, grade, load_problems, make_rng, mean  # noqa: E402
+
+
+def switches(policy, tokenizer, problems, cfg):
+    """Greedy completions -> lines of text."""
+    prompts = [p["prompt_ids"] for p in problems]
+    batch = hyrea.rollout(policy, prompts, cfg, make_rng(policy.lm.device, 0), greedy=True)
+    records = grade(batch, problems, tokenizer, cfg.answer_marker)
+    with torch.no_grad():
+        entropy = policy(batch)["entropy"]
+    opened = (batch["completion_ids"] == policy.start_id) & batch["loss_mask"]
+    places = torch.arange(opened.shape[1], device=opened.device) / batch["lengths"][:, None]
+    tenths = torch.histc(places[opened].float().cpu(), 10, 0, 1).long().tolist()
+    accuracy, latent = mean(records, "correct"), mean(records, "latent_steps")
+    error = (accuracy * (1 - accuracy) / len(records)) ** 0.5
+    others = batch["loss_mask"] & ~opened
+    lines = [f"accuracy {accuracy:.3f} +- {error:.3f}, n {len(records)}; per completion: explicit "
+             f"tokens {mean(records, 'length') - latent:.2f}, latent slots {latent:.2f}, switches "
+             f"{opened.sum().item() / len(records):.2f}",
+             f"switches over tenths of the completion: {tenths}"]
+    if opened.any():
+        lines.append(f"entropy (nats) where a span opens {entropy[opened].mean():.4f}, at the other"
+                     f" tokens {entropy[others].mean():.4f}")
+    return lines
+
+
+def step_table(policy, tokenizer, problems, cfg):
+    """Histogram of the mean entropies of steps -> lines of text."""
+    cfg.stage = "sft"
+    problems = hyrea.read_demonstrations(problems, tokenizer, cfg)
+    found = hyrea.chain_entropies(policy.lm, problems)
+    restated = cfg.train.startswith("arithmetic-restated")
+    kinds = {"copied": [], "computed": []} if restated else {"all": []}
+    wrong = total = 0
+    for row in found:
+        for i, value in enumerate(row):
+            kinds[list(kinds)[i % len(kinds)]].append(value)
+        lowest = sorted(range(len(row)), key=lambda i: row[i])[: max(cfg.max_replaced_steps, 1)]
+        wrong, total = wrong + sum(i % 2 for i in lowest), total + len(lowest)
+    edges = [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 99]
+    lines = ["mean entropy of a written step, below " + " ".join(f"{e:>6}" for e in edges[1:-1])]
+    for kind, values in kinds.items():
+        counts = torch.histogram(torch.tensor(values), torch.tensor(edges).float())[0]
+        lines.append(f"  {kind:8} {sum(values) / len(values):.4f} on average; shares   " + " ".join(
+            f"{x:6.3f}" for x in (counts / len(values)).tolist()))
+    if restated:
+        lines.append(f"  share of computed steps among the lowest: {wrong / total:.3f}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--limit", type=int, default=512)
+    own = parser.parse_args()
+    for name in own.models:
+        args = evaluation.parse_args([name])
+        args.device = "cpu"
+        if evaluation.find_method(name)[2]:
+            _, policy, tokenizer, cfg = evaluation.load_policy(name, args)
+        else:
+            cfg = hyrea.parse_config(["--model", name, "--train", name.partition(":")[2]])
+            lm, tokenizer = evaluation.load_model(name)
+            policy = hyrea.Policy(lm, tokenizer, cfg)
+        problems = encode_prompts(tokenizer, load_problems(cfg.train, "test", own.limit),
+                                  cfg.answer_marker, cfg.max_prompt_length)
+        lines = step_table(policy, tokenizer, problems, cfg)
+        if evaluation.find_method(name)[2]:
+            lines = switches(policy, tokenizer, problems, cfg) + lines
+        print(name, *lines, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

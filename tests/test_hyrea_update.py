@@ -117,8 +117,9 @@ def test_the_reference_reads_its_own_latents():
     assert kl.min() >= 0 and kl.max() > 0.01
 
 
-def test_several_updates_on_a_rollout_move_the_ratio_and_stay_finite(model, tmp_path):
-    more = "--stage rl --update_epochs 2 --minibatches 2 --latents_per_step 1"
+@pytest.mark.parametrize("flag", ["", "--replay_latents", "--end_latent sampled"])
+def test_several_updates_on_a_rollout_move_the_ratio_and_stay_finite(model, tmp_path, flag):
+    more = f"--stage rl --update_epochs 2 --minibatches 2 --latents_per_step 1 {flag}"
     assert isinstance(train("hyrea", flags(model, tmp_path / "run", more)), dict)
     assert max(r["ratio_max"] for r in rows(tmp_path / "run", "train")) > 1.001
 

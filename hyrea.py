@@ -571,10 +571,11 @@ def sft_update(policy, optimizer, trained, batch, step, cfg):
     for p in trained:  # the losses are shares of the global mean, so gradients are summed
         dist.all_reduce(p.grad)
     grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
-    if math.isfinite(grad_norm):  # the same on all ranks
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
-        optimizer.step()
+    if not math.isfinite(grad_norm):  # the same on all ranks
+        raise SystemExit(f"cold start, step {step + 1}: no finite gradient; lower --sft_lr")
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
+    optimizer.step()
     optimizer.zero_grad()
     return all_reduce(total), grad_norm
 
@@ -627,7 +628,7 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
                     "step", "replaced", "accuracy", "stderr", "latent_steps", "visible_tokens")))
         if step == cfg.steps:
             break
-        if k and not ranker and cfg.entropy_once and cfg.replace == "entropy":
+        if k and ranker is None and cfg.entropy_once and cfg.replace == "entropy":
             ranker = frozen_copy(policy.lm)  # it has only seen plain chains
         active = max(1, round(share * len(problems)))
         indices = batch_indices(active, cfg.sft_batch, (cfg.seed, "sft", number), step - first)
@@ -652,8 +653,8 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
     bar.close()
     if rank == 0:
         print(f"cold start: {state['step']} of {cfg.steps} steps, in {folder}", flush=True)
-    if stop_agreed():
-        raise SystemExit(128 + stop_agreed())
+    if signum := stop_agreed():
+        raise SystemExit(128 + signum)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     return result
 

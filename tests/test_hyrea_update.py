@@ -104,12 +104,14 @@ def test_replayed_latents_score_the_same_and_differ_in_gradient():
 
 
 def test_the_reference_reads_its_own_latents():
-    policy, cfg = built(2)
+    policy, cfg = built(2, replay_latents=True)
     batch = draw_often(policy, cfg)
     batch["ref_logprobs"] = script.reference_logprobs(policy, None, batch, cfg)
     torch.testing.assert_close(batch["ref_logprobs"], score(policy, batch), rtol=0, atol=1e-6)
     other, _ = built(2, seed=1)
     before = script.reference_logprobs(policy, other.lm, batch, cfg)
+    own = {n: v for n, v in batch.items() if n != "latent_embeds"}
+    assert torch.equal(script.reference_logprobs(policy, other.lm, own, cfg), before)
     with torch.no_grad():
         policy.lm.model.layers[0].mlp.up_proj.weight.mul_(3)
     assert torch.equal(script.reference_logprobs(policy, other.lm, batch, cfg), before)

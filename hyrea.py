@@ -160,7 +160,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores; spans as long as the copied steps [ours]
-        train="arithmetic-restated:3", answer_marker="</think>", steps=60, num_prompts=16,
+        train="arithmetic-restated:3", answer_marker="</think>", steps=120, num_prompts=16,
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,

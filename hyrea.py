@@ -1,7 +1,7 @@
 """HyRea: a model that skips its predictable steps, thinking them in hidden states instead of text.
 
-Paper    HyRea, OpenReview poster (ICLR 2026). No code and no full text is public: [sec. 1] marks
-         what its abstract and reviews say of stage 1, [sec. 2] of stage 2, [ours] what we settled.
+Paper    HyRea, OpenReview poster (ICLR 2026). No code and no full text is public: [stage 1] marks
+         what its abstract and reviews say of stage 1, [stage 2] of stage 2, [ours] what we settled.
 Idea     A chain of thought has steps that the model can foresee (low entropy) and steps that it
          must work out. The former become <start-latent> c x <latent> <end-latent>: at a latent slot
          the input is the last hidden state, no token. When to switch is learned, by RL too.
@@ -107,23 +107,23 @@ class Config:
     # the method
     stage: str = "all"  # sft: the cold start, rl: from --model as it is, all: both [ours]
     max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
-    latents_per_step: int = "auto"  # latent slots for a step, c; 1 to 4, above it fails [fig. 7]
-    replace: str = "entropy"  # steps replaced: entropy = foreseeable first, random, all [sec. 1]
+    latents_per_step: int = "auto"  # latent slots in a span, c; 0 to 4, at 8 it breaks [fig. 7]
+    replace: str = "entropy"  # steps replaced: entropy = foreseeable first, random, all [stage 1]
     max_entropy: float = 0.0  # with entropy: replace only steps below it, nats; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
     replay_latents: bool = False  # stored latents, constants: gradient off by 43-81 % (tiny) [ours]
-    reward_accuracy: float = 1.0  # weight of a right answer [sec. 2; ours]
-    reward_format: float = 0.2  # weight of exactly one marker and an end [sec. 2; ours]
-    reward_latent: float = 0.2  # weight of using latents [sec. 2; ours]
+    reward_accuracy: float = 1.0  # weight of a right answer [stage 2; ours]
+    reward_format: float = 0.2  # weight of exactly one marker and an end [stage 2; ours]
+    reward_latent: float = 0.2  # weight of using latents [stage 2; ours]
     latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
     # the cold start
     sft_steps: int = "auto"  # updates, over all rounds [ours]
-    sft_rounds: int = 10  # each with a tenth more data and one more step replaced [sec. 1]
+    sft_rounds: int = 10  # each with a tenth more data and one more step replaced [stage 1]
     sft_batch: int = "auto"  # demonstrations in an update, over all ranks [ours]
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
     sft_save_every: int = "auto"  # steps [ours]
-    marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 1]
+    marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
     entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
 
     def __post_init__(self):
@@ -166,7 +166,7 @@ PRESETS = {
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
         latents_per_step=4, latent_rms=True, sft_steps=300, sft_batch=64, sft_lr=2e-3,
         sft_save_every=150, entropy_once=True),
-    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [sec. 2]; rest [ours]
+    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
@@ -206,36 +206,35 @@ class Policy(nn.Module):
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
-        known = tokenizer.get_vocab()
+        new, markers = 0, [AddedToken(m, normalized=False) for m in MARKERS]
         if cfg.max_replaced_steps:  # not special tokens: they are visible in the graded text
-            tokenizer.add_tokens([AddedToken(m, normalized=False) for m in MARKERS])
-            known, lm.num_tokens = tokenizer.get_vocab(), len(tokenizer)
+            new, lm.num_tokens = tokenizer.add_tokens(markers), len(tokenizer)
             if lm.num_tokens > lm.get_input_embeddings().num_embeddings:  # else: spare rows
                 lm.resize_token_embeddings(lm.num_tokens, mean_resizing=False)
         self.lm, self.table, self.pad_id, self.cfg = lm, lm.get_input_embeddings(), lm.pad_id, cfg
-        self.start_id, self.end_id, self.latent_id = (known.get(m, -1) for m in MARKERS)
+        rows = [tokenizer.get_vocab().get(m, -1) for m in MARKERS]
+        self.start_id, self.end_id, self.latent_id = rows
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         # never a free choice; explicit models of a vocabulary with markers do not switch either
-        banned = [self.end_id, self.latent_id] + [self.start_id] * (not cfg.max_replaced_steps)
+        banned = [self.latent_id, self.end_id] + [self.start_id] * (not cfg.max_replaced_steps)
         self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
-        # The markers' rows have to learn what no other token means; the other rows stay as they
-        # are, but for --train_embeddings. The row of <latent> itself is never read.
+        text = [i for i in range(lm.num_tokens) if i not in rows[1:]]  # no choice inside a span
+        self.text = torch.tensor(text, device=lm.device)
+        # The markers' rows learn what no other token means (<latent> only as an output); the other
+        # rows stay as they are, but for --train_embeddings.
         for module in {self.table, lm.get_output_embeddings()}:
             module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
+            if cfg.max_replaced_steps:
+                module.float()  # so is what learns in a bfloat16 model with adapters
+            if new:  # start as the mean row: neither likely nor unlikely
+                module.weight.data[rows] = module.weight.data[: min(rows)].mean(0)
             if module.weight.requires_grad and not cfg.train_embeddings:
                 module.weight.register_hook(self.only_markers)
 
     def only_markers(self, grad):
         """Gradient of the embedding table or head [rows, H], 0 but for the rows of the markers."""
-        rows = [self.start_id, self.end_id, self.latent_id]
-        return torch.zeros_like(grad).index_put((torch.tensor(rows),), grad[rows])
-
-    @torch.no_grad()
-    def reset_markers(self):
-        """Start the markers' rows as the mean row: neither likely nor unlikely."""
-        rows = [self.start_id, self.end_id, self.latent_id]
-        for module in {self.table, self.lm.get_output_embeddings()}:
-            module.weight[rows] = module.weight[: min(rows)].mean(0)
+        rows = torch.tensor([self.start_id, self.end_id, self.latent_id])
+        return torch.zeros_like(grad).index_put((rows,), grad[rows])
 
     def latent_input(self, hidden, lm=None):
         """Hidden state -> the input of a latent slot, [.., H]: itself, or scaled (--latent_rms)."""
@@ -281,31 +280,35 @@ class Policy(nn.Module):
             last = pick(pieces[-1], (count - 1).clamp(min=0))  # [B, 1, H]
         return pick(torch.cat(pieces, 1), where[:, width - 1 :])
 
-    def score(self, hidden, batch, lm):
-        """-> log-probs [B, T] of completion_ids, entropy [B, T] of free choices; 0 elsewhere.
+    def opened(self, ids):
+        """ids [B, T] -> [B, T], the column of the last <start-latent> up to each; 0 if none."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return torch.where(ids == self.start_id, columns, 0).cummax(1).values
 
-        Scored as sampled, at --temperature: a free choice is never <end-latent> or <latent>, one
-        inside a span (--end_latent sampled, and supervised ends) is one of these two.
+    def score(self, hidden, batch, lm, labels=False):
+        """-> log-probs [B, T] of completion_ids, entropy [B, T] of the choices; 0 elsewhere.
+
+        Scored as sampled, at --temperature: a free choice is never <end-latent> or <latent>, one in
+        the c slots of a span (--end_latent sampled) is one of these two. labels: at temperature 1,
+        and <end-latent> after c slots, which is forced, and all text compete with each other.
         """
-        ids, mask, temperature = batch["completion_ids"], batch["loss_mask"], self.cfg.temperature
-        inside = mask & torch.isin(ids, self.banned)
-        logprobs, entropy = completion_logprobs(
-            FreeHead(lm, self.banned), hidden, ids, mask & ~inside, temperature)
-        if inside.any():
-            pair, _ = completion_logprobs(  # [B, T, 2]
-                lm, hidden, self.banned.expand(*ids.shape, -1), inside, temperature)
-            chosen = torch.where(ids == self.end_id, pair[..., 0], pair[..., 1])
-            logprobs = logprobs + (chosen - pair.logsumexp(-1)) * inside
-        return logprobs, entropy
+        ids, mask = batch["completion_ids"], batch["loss_mask"]
+        place = torch.arange(ids.shape[1], device=ids.device) - self.opened(ids)
+        inside = torch.isin(ids, self.banned) & (place <= self.cfg.latents_per_step)
+        never, temperature = self.banned[: 1 if labels else None], self.cfg.temperature
+        free, span = (
+            completion_logprobs(FreeHead(lm, b), hidden, ids, where, 1 if labels else temperature)
+            for b, where in ((never, mask & ~inside), (self.text, mask & inside)))
+        return free[0] + span[0], free[1] + span[1]
 
-    def forward(self, batch):
+    def forward(self, batch, labels=False):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "size" [B, T]}.
 
         size: root mean square of the hidden state that a latent slot reads; constant.
         """
         with autocast(self.lm):
             hidden = self.hidden(batch)
-            logprobs, entropy = self.score(hidden, batch, self.lm)
+            logprobs, entropy = self.score(hidden, batch, self.lm, labels)
         size = hidden.detach().float().square().mean(-1).sqrt()
         return {"logprobs": logprobs, "entropy": entropy, "size": size}
 
@@ -324,8 +327,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     state [b, H] that decided them, then <end-latent>. Neither is a choice, so neither is scored;
     with --end_latent sampled each of the c slots is a choice between going on and ending.
     """
-    allowed = torch.ones_like(logits, dtype=torch.bool)
-    allowed[:, policy.banned] = False
+    allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, policy.banned, False)
     if state:
         left = state["left"]  # [b]
         allowed = torch.where((left >= 0)[:, None], ~allowed, allowed)  # inside: only these two
@@ -341,12 +343,10 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     if not state:
         return ids, policy.table(ids), record, state
     sampled = left < 0 if cfg.end_latent == "forced" else left != 0
-    forced = torch.where(left == 0, policy.end_id, policy.latent_id)
-    ids = torch.where(sampled, ids, forced)
+    ids = torch.where(sampled, ids, torch.where(left == 0, policy.end_id, policy.latent_id))
     is_latent = ids == policy.latent_id
-    embeds = policy.table(ids)
-    latent_embeds = policy.latent_input(hidden).to(embeds.dtype)
-    embeds = torch.where(is_latent[:, None], latent_embeds, embeds)
+    latent_embeds = policy.latent_input(hidden).to(policy.table.weight.dtype)
+    embeds = torch.where(is_latent[:, None], latent_embeds, policy.table(ids))
     left = torch.where(ids == policy.end_id, -1, (left - 1).clamp(min=-1))
     left = torch.where(ids == policy.start_id, cfg.latents_per_step, left)
     is_read = t + 1 < cfg.max_completion_length  # no input follows the last id: not latent
@@ -415,62 +415,50 @@ def method_metrics(policy, outputs, batch, cfg, step):
         return None
     table = policy.table.weight[: policy.lm.num_tokens].float().square().mean().sqrt()
     size = torch.ones_like(outputs["size"]) if cfg.latent_rms else outputs["size"] / table
-    ids = batch["completion_ids"]
-    opened = torch.where(ids == policy.start_id, torch.arange(ids.shape[1], device=ids.device), 0)
-    return size, outputs["entropy"].gather(1, opened.cummax(1).values)
+    return size, outputs["entropy"].gather(1, policy.opened(batch["completion_ids"]))
 
 
 # === 2b. supervised stage =========================================================================
 # A demonstration is laid out as a rollout is: steps, some of them replaced by spans, then marker,
-# answer and EOS. Latent slots have no label; all else, both span markers included, has one.
+# answer and EOS. All have labels, both span markers too, but latent slots only if ends are sampled.
 
 
 def split_steps(text):
     """A written chain -> its steps; joined they are the text again.
 
     Cut after a newline, and after a full stop before white space or the end, so never inside 3.14.
-    Pieces of fewer than 3 characters (`1.`, blank lines) join the piece before.
+    A numeral (`2.`) and pieces below 6 characters join the next piece, the last the one before.
     """
-    steps = []
-    for piece in re.findall(r".*?(?:\n|\.(?=\s|$)|$)", text, re.S):
-        if steps and len(piece.strip()) < 3:
-            steps[-1] += piece
-        elif piece:
-            steps.append(piece)
-    return steps
-
-
-def step_entropies(model, prompt_ids, steps_ids):
-    """Mean entropy (nats) of the distributions that predict the tokens of each step -> floats."""
-    return chain_entropies(model, [{"prompt_ids": prompt_ids, "steps_ids": steps_ids}])[0]
+    steps, held = [], ""
+    for piece in re.findall(r".*?(?:\.?\s*\n|\.(?=\s|$)|$)", text, re.S):
+        held += piece
+        if len(held.strip()) >= 6 and not re.fullmatch(r"\W*\d+\W*", held):
+            steps, held = [*steps, held], ""
+    return [*steps[:-1], "".join(steps[-1:]) + held] if held else steps
 
 
 @torch.no_grad()
 def chain_entropies(model, problems):
-    """step_entropies of several problems at once: one teacher-forced pass, without latents."""
-    chains = [sum(problem["steps_ids"], []) for problem in problems]
-    batch = lay_out(chains, [problem["prompt_ids"] for problem in problems], model)
+    """Of each step of each problem, the mean entropy (nats) of what predicts its tokens."""
+    chains = [sum(p["steps_ids"], []) for p in problems]
+    batch = lay_out(chains, [p["prompt_ids"] for p in problems], model)
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     with autocast(model):
         hidden = completion_hidden(model, batch, model.get_input_embeddings()(ids))
-        entropies = completion_logprobs(model, hidden, ids, mask)[1].tolist()
-    found = []
-    for row, problem in zip(entropies, problems):
-        tokens = iter(row)
-        steps = [[next(tokens) for _ in step] for step in problem["steps_ids"]]
-        found.append([sum(values) / len(values) for values in steps])
-    return found
+        entropies = completion_logprobs(model, hidden, ids, mask)[1]
+    sizes = [[len(step) for step in p["steps_ids"]] for p in problems]
+    return [[values.mean().item() for values in row[: sum(size)].split(size)]
+            for row, size in zip(entropies.cpu(), sizes)]
 
 
 def lay_out(rows, prompts, lm, latent_id=-1):
     """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, lm.pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    exists = torch.arange(ids.shape[1]) < lengths[:, None]
-    latent = exists & (ids == latent_id)
+    ids = [torch.tensor(row, device=lm.device) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, True, lm.pad_id)
+    lengths = torch.tensor([len(row) for row in rows], device=lm.device)
+    exists = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
     batch = {"completion_ids": ids, "lengths": lengths, "completion_mask": exists,
-             "latent_mask": latent, "loss_mask": exists & ~latent}
-    batch = {name: value.to(lm.device) for name, value in batch.items()}
+             "latent_mask": exists & (ids == latent_id), "loss_mask": exists & (ids != latent_id)}
     batch["prompt_ids"], batch["prompt_mask"] = left_pad(prompts, lm.pad_id, lm.device)
     return batch
 
@@ -478,43 +466,45 @@ def lay_out(rows, prompts, lm, latent_id=-1):
 def replace_steps(steps, entropies, k, mode, rng=None):
     """The steps with k of them (or all there are) replaced by None.
 
-    mode  entropy: those of the lowest mean entropy, the first of equals; random: in an order drawn
-    from rng; all: from the first on, whatever their entropy, as Coconut's curriculum goes.
+    entropy: those of the lowest mean entropy, the first of equals; random: in an order drawn from
+    rng; all: from the first on, whatever their entropy, as Coconut's curriculum goes.
     """
     order = list(range(len(steps)))
     if mode == "entropy":
         order.sort(key=lambda i: entropies[i])
     elif mode == "random":
         order = torch.randperm(len(steps), generator=rng).tolist()
-    replaced = set(order[:k])
-    return [None if i in replaced else step for i, step in enumerate(steps)]
+    return [None if i in order[:k] else step for i, step in enumerate(steps)]
 
 
-def read_demonstrations(problems, tokenizer, cfg):
+def read_demonstrations(problems, tokenizer, lm, cfg):
     """Problems with steps_ids and answer_ids (marker, answer, EOS); those without a chain go.
 
     Each step is tokenised by itself, so that replacing it changes no other token. The built-in
     task's chains and answers are a teacher's, errors included.
     """
-    kept = []
+    kept, eos = [], tokenizer.eos_token_id
+    span, most = cfg.latents_per_step + 2, round_of(cfg.sft_steps, cfg)[3]
     for problem in problems:
         steps = split_steps(problem["solution"] or "") or problem["steps"] or []
         answer = cfg.answer_marker + problem.get("teacher_answer", f" {problem['answer']}")
+        answer = "\n" * bool(problem["solution"] and steps[-1][-1] != "\n") + answer
         parts = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
-        length = sum(map(len, parts)) + 1
+        growth = sorted((max(0, span - len(part)) for part in parts[:-1]), reverse=True)
+        length = sum(map(len, parts)) + 1 + sum(growth[:most])
         if steps and cfg.answer_marker not in "".join(steps) and all(parts[:-1]) \
                 and length <= cfg.max_completion_length:
-            kept.append({**problem, "steps_ids": parts[:-1],
-                         "answer_ids": [*parts[-1], tokenizer.eos_token_id]})
-    lost, bound = len(problems) - len(kept), f"--max_completion_length {cfg.max_completion_length}"
-    if lost:
-        (warn if kept else fail)(f"{lost} of {len(problems)} problems of --train {cfg.train} "
-                                 f"demonstrate nothing: no steps or solution, or over {bound}")
+            kept.append({**problem, "steps_ids": parts[:-1], "answer_ids": [
+                *parts[-1], eos if eos in lm.eos_ids else lm.eos_ids[0]]})
+    if lost := len(problems) - len(kept):
+        (warn if kept else fail)(
+            f"{lost} of {len(problems)} problems of --train {cfg.train} demonstrate nothing: no "
+            f"steps or solution, or over --max_completion_length {cfg.max_completion_length}")
     return kept
 
 
 def label_weights(batch, policy, marker_weight):
-    """Weight of each label [B, T]: 0 at latents and padding, marker_weight at the span markers."""
+    """Weight of each label [B, T]: marker_weight at the span markers, 0 where there is none."""
     ids = batch["completion_ids"]
     markers = (ids == policy.start_id) | (ids == policy.end_id)
     return batch["loss_mask"] * torch.where(markers, marker_weight, 1.0)
@@ -523,12 +513,12 @@ def label_weights(batch, policy, marker_weight):
 def round_of(step, cfg):
     """Curriculum -> round of a step, first step of that round, share of the data, replaced steps.
 
-    The number of replaced steps grows by one a round, up to S; with --replace all, without end.
+    They grow by one a round, up to S, with --replace all without end; the data by equal shares.
     """
-    size = math.ceil(cfg.sft_steps / cfg.sft_rounds)
-    number = min(step // size, cfg.sft_rounds - 1)
+    number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
+    first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
     most = cfg.max_replaced_steps * (10**9 if cfg.replace == "all" else 1)
-    return number, number * size, (number + 1) / cfg.sft_rounds, min(number, most)
+    return number, first, (number + 1) / cfg.sft_rounds, min(number, most)
 
 
 def sft_examples(chosen, policy, k, cfg, ranker=None):
@@ -544,13 +534,14 @@ def sft_examples(chosen, policy, k, cfg, ranker=None):
     span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
     rows = []
     for problem, values in zip(chosen, entropies):
-        rng, most = make_rng("cpu", cfg.seed, "replace", problem["question"]), k
-        if cfg.max_entropy > 0:
-            most = min(k, sum(value < cfg.max_entropy for value in values))
-        steps = replace_steps(problem["steps_ids"], values, most, cfg.replace, rng)
-        steps = [span if step is None else step for step in steps]
-        rows.append(sum(steps, []) + problem["answer_ids"])
-    return lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
+        rng = make_rng("cpu", cfg.seed, "replace", problem["question"])
+        low = sum(value < (cfg.max_entropy or math.inf) for value in values)
+        steps = replace_steps(problem["steps_ids"], values, min(k, low), cfg.replace, rng)
+        rows.append(sum((step or span for step in steps), []) + problem["answer_ids"])
+    batch = lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
+    if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
+        batch["loss_mask"] = batch["completion_mask"]
+    return batch
 
 
 def sft_update(policy, optimizer, trained, batch, step, cfg):
@@ -562,13 +553,14 @@ def sft_update(policy, optimizer, trained, batch, step, cfg):
     batch["weights"] = label_weights(batch, policy, cfg.marker_weight)
     batch["weights"] = batch["weights"] / all_reduce(batch["weights"].sum().item())
     total = 0.0
-    for piece in micro_batches(batch, range(len(batch["weights"])), cfg.micro_batch,
-                               cfg.max_tokens):
+    rows = range(len(batch["weights"]))
+    for piece in micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens):
         micro = select_rows(batch, piece)
-        loss = -(policy(micro)["logprobs"] * micro["weights"]).sum()
+        loss = -(policy(micro, labels=True)["logprobs"] * micro["weights"]).sum()
         loss.backward()
         total += loss.item()
     for p in trained:  # the losses are shares of the global mean, so gradients are summed
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         dist.all_reduce(p.grad)
     grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
     if not math.isfinite(grad_norm):  # the same on all ranks
@@ -583,34 +575,39 @@ def sft_update(policy, optimizer, trained, batch, step, cfg):
 def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
     """Supervised stage, in its own run folder -> last evaluation ({} if it was complete already).
 
-    Round r has the first (r + 1) tenths of the shuffled data and min(r, S) replaced steps a chain.
-    An evaluation starts each round, and one ends the last.
+    An evaluation starts each round, and one ends the last; the rest is in round_of.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    folder = Path(cfg.out_dir) if cfg.stage == "sft" else Path(cfg.out_dir) / "sft"
+    folder = Path(cfg.out_dir, "sft" * (cfg.stage != "sft"))
     cfg = dataclasses.replace(
         cfg, steps=cfg.sft_steps, lr=cfg.sft_lr, warmup_steps=round(0.05 * cfg.sft_steps))
     groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
     trained = [p for group in groups for p in group["params"]]
-    state, newest, result = {"step": 0}, latest_checkpoint(folder), {}
-    ranker = None
-    if newest:
+    state, result, ranker = {"step": 0}, {}, None
+    if cfg.sft_batch < world_size:
+        fail(f"--sft_batch {cfg.sft_batch}: must be at least the number of ranks, {world_size}")
+    if rank == 0 and cfg.sft_rounds <= cfg.max_replaced_steps:
+        warn(f"--sft_rounds {cfg.sft_rounds}: too few to reach --max_replaced_steps")
+    if newest := latest_checkpoint(folder):
         state = load_checkpoint(newest, policy, optimizer, settings, CAN_CHANGE)
         if "ranker" in state:
             ranker = frozen_copy(policy.lm)
             ranker.load_state_dict(state["ranker"])
-    elif cfg.max_replaced_steps and not checkpoint_settings(cfg.model):
-        policy.reset_markers()
     if state["step"] == cfg.steps and folder != Path(cfg.out_dir):
         return result
-    problems = read_demonstrations(problems, tokenizer, cfg)
-    order = torch.randperm(len(problems), generator=make_rng("cpu", cfg.seed, "cold start"))
-    problems = [problems[i] for i in order.tolist()]
+    problems = read_demonstrations(problems, tokenizer, policy.lm, cfg)
+    rng = make_rng("cpu", cfg.seed, "cold start")
+    problems = [problems[i] for i in torch.randperm(len(problems), generator=rng).tolist()]
     dist.barrier()  # all ranks have looked for the checkpoint
     if rank == 0:
         (folder / "code").mkdir(parents=True, exist_ok=True)
         open_run(folder, settings, __file__, state["step"])
+    def save():  # does nothing if this step is saved already
+        saved = rank > 0 or save_checkpoint(
+            folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
+        if not all_reduce(saved, dist.ReduceOp.MIN):
+            raise SystemExit(f"{folder}: the checkpoint could not be written")
     bar = tqdm(total=cfg.steps, initial=state["step"], desc="cold start", disable=rank > 0 or None)
     for step in range(state["step"], cfg.steps + 1):
         number, first, share, k = round_of(step, cfg)
@@ -621,8 +618,8 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records, result = metrics.pop("records"), metrics
-            row = {"kind": "eval", "step": step, "replaced": k, **result}
             if rank == 0:
+                row = {"kind": "eval", "step": step, "replaced": k, **result}
                 log_rows(folder, row, records[:8])
                 tqdm.write("start " + "  ".join(f"{name} {row[name]:.4g}" for name in (
                     "step", "replaced", "accuracy", "stderr", "latent_steps", "visible_tokens")))
@@ -642,14 +639,11 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
             if (step + 1) % 20 == 0:
                 log_rows(folder, {"kind": "train", "step": step + 1, "replaced": k, "loss": loss,
                                   "grad_norm": grad_norm}, [])
-        stopping = stop_agreed() or (cfg.stage == "sft" and step + 1 == cfg.stop_after)
-        if stopping or (step + 1) % cfg.sft_save_every == 0 or step + 1 == cfg.steps:
-            saved = rank > 0 or save_checkpoint(
-                folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
-            if not all_reduce(saved, dist.ReduceOp.MIN):
-                raise SystemExit(f"{folder}: the checkpoint could not be written")
-        if stopping:
+        if (step + 1) % cfg.sft_save_every == 0 or step + 1 == cfg.steps:
+            save()
+        if stop_agreed() or (cfg.stage == "sft" and step + 1 == cfg.stop_after):
             break
+    save()
     bar.close()
     if rank == 0:
         print(f"cold start: {state['step']} of {cfg.steps} steps, in {folder}", flush=True)
@@ -727,22 +721,22 @@ def reward_weights(cfg):
     """Sizes of the three rewards, and the number of switches that earns all of the third."""
     return {"accuracy": cfg.reward_accuracy, "format": cfg.reward_format,
             "latent": cfg.reward_latent * (cfg.max_replaced_steps > 0),
-            "switches": cfg.max_replaced_steps if cfg.latent_reward == "frac" else 1}
+            "switches": max(1, cfg.max_replaced_steps) if cfg.latent_reward == "frac" else 1}
 
 
-DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}  # [sec. 2; ours]
+# by these a right answer without latents beats a wrong one with them [stage 2; ours]
+DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}
 
 
 def latent_reward(record, wanted=1):
-    """Switches of a completion to latents, as a share of those wanted; at most 1."""
-    return min(1.0, record["completion"].count(MARKERS[0]) / wanted)
+    """Spans of a completion with at least one latent, as a share of those wanted; at most 1."""
+    return min(1.0, len(record["latent_spans"]) / wanted)
 
 
 def reward(record):
     """Weighted sum of: right answer; exactly one answer marker and an EOS; use of latents.
 
-    With the default weights, which evaluation uses, a right answer without latents beats a wrong
-    one with them. Training puts the weights of the flags into the record.
+    Training puts the weights of the flags into the record; evaluation uses the default ones.
     """
     weights = record.get("weights", DEFAULT_WEIGHTS)
     form = record["format_ok"] and not record["truncated"]
@@ -751,9 +745,10 @@ def reward(record):
 
 
 def group_advantages(rewards, group_size, eps=1e-4):
-    """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
+    """(r - group mean) / (group std + eps), std with ddof = 1; 0 if all equal.  [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
-    centred = groups - groups.mean(1, keepdim=True)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # the mean is rounded
+    centred = (groups - groups.mean(1, keepdim=True)) * differ
     return (centred / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
@@ -789,8 +784,8 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
         for record in graded:
             record["reward"] = reward({**record, "weights": reward_weights(cfg)})
         batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
-        for group, spread in enumerate(batch["rewards"].view(share, -1).std(1).tolist()):
-            (live if spread > 0 else dead).append(draw * share + group)
+        for group, values in enumerate(batch["rewards"].view(share, -1).tolist()):
+            (live if max(values) > min(values) else dead).append(draw * share + group)
         batches.append(batch)
         records += graded
         if len(live) >= share or stop_requested():
@@ -998,8 +993,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
         sums[name] = [sum(r[name] for r in records), len(records)]
     wanted = reward_weights(cfg)["switches"]
     sums["latent_reward"] = [sum(latent_reward(r, wanted) for r in records), len(records)]
-    spread = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size).std(1)
-    sums["zero_std_frac"] = [int((spread == 0).sum()), len(spread)]
+    groups = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)
+    sums["zero_std_frac"] = [int((groups.amax(1) == groups.amin(1)).sum()), len(groups)]
     sums["tokens_per_s_rollout"] = [tokens, rollout_seconds / world_size]
     sums["tokens_per_s_update"] = [tokens, (seconds - rollout_seconds) / world_size]
     totals = all_reduce(list(sums.values()))  # [number of means, 2]
@@ -1071,6 +1066,10 @@ def main(argv=None):
     cfg = parse_config(argv)
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
     settings.update(dataclasses.asdict(cfg))
+    start = checkpoint_settings(cfg.model) if cfg.stage == "rl" else {}
+    for name in ("latents_per_step", "max_replaced_steps", "latent_rms"):
+        if start.get("method") == METHOD and start[name] != settings[name]:
+            fail(f"--{name} {settings[name]}: {cfg.model} was trained with {start[name]}")
     resumed, lock, out_dir = None, None, Path(cfg.out_dir)
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
@@ -1094,8 +1093,8 @@ def main(argv=None):
             return start
         settings["start_sha"] = weights_fingerprint(lm)  # what the reference is a copy of
     reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
-    if cfg.kl_coef > 0 and cfg.stage == "all" and cfg.lora_rank:
-        reference = frozen_copy(lm)  # without its adapters it would be the model before the start
+    if cfg.kl_coef > 0 and cfg.lora_rank and (cfg.stage == "all" or cfg.max_replaced_steps):
+        reference = frozen_copy(lm)  # the start trained its adapters, and markers learn without any
     groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
     state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
@@ -1161,6 +1160,7 @@ def main(argv=None):
     if cfg.dry_run and rank == 0 and not signum:
         print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
               f"{row['seconds']:.1f} s a step")
+        print("no span was forced: each latent that a trained model takes adds a pass to an update")
     elif rank == 0:
         print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
               f"with --resume auto, or: python eval.py {out_dir}", flush=True)

@@ -67,7 +67,7 @@ def replay_gap(policy, tokenizer, problems, cfg):
 def step_table(policy, tokenizer, problems, cfg):
     """Histogram of the mean entropies of steps -> lines of text."""
     cfg.stage = "sft"
-    problems = hyrea.read_demonstrations(problems, tokenizer, cfg)
+    problems = hyrea.read_demonstrations(problems, tokenizer, policy.lm, cfg)
     found = hyrea.chain_entropies(policy.lm, problems)
     restated = cfg.train.startswith("arithmetic-restated")
     kinds = {"copied": [], "computed": []} if restated else {"all": []}

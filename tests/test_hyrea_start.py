@@ -17,7 +17,7 @@ from common import make_rng, select_rows
 
 torch.set_num_threads(1)
 SHORT = ("--train arithmetic-restated:2 --sft_steps 4 --sft_batch 8 --sft_save_every 2 "
-         "--sft_lr 0.01 --sft_rounds 2 --max_completion_length 24")
+         "--sft_lr 0.01 --sft_rounds 2 --max_completion_length 28")
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,14 @@ def built(**changes):
     policy.start_id = len(tokenizer) - 3  # the real one
     problems = common.encode_prompts(
         tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), "</think>", 99)
-    return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, cfg)
+    return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, policy.lm, cfg)
 
 
 @pytest.mark.parametrize("text, steps", [
     ("Pi is 3.14. So what.\nThen 2", ["Pi is 3.14.", " So what.\n", "Then 2"]),
-    ("a = .5, b\n\n1. First. e.g. x", ["a = .5, b\n\n1.", " First.", " e.g. x"]),
-    ("", []), ("no end", ["no end"]), ("+8=3+8", ["+8=3+8"])])
+    ("a = .5, b\n\n1. First. e.g. x = y", ["a = .5, b\n\n", "1. First.", " e.g. x = y"]),
+    ("12345.\nSo. it is. Ok.", ["12345.\nSo.", " it is. Ok."]),
+    ("", []), ("no.", ["no."]), ("+8=3+8", ["+8=3+8"])])
 def test_steps_end_at_newlines_and_full_stops_but_not_in_decimals(text, steps):
     assert script.split_steps(text) == steps
 
@@ -53,6 +54,9 @@ def test_steps_joined_are_the_text():
 
 
 def test_entropy_of_a_step_is_that_of_the_distributions_that_predict_its_tokens():
+    def entropies(lm, prompt, steps):
+        return script.chain_entropies(lm, [{"prompt_ids": prompt, "steps_ids": steps}])[0]
+
     lm, prompt = make_lm(), [1, 4, 6]
     steps = [[7, 8, 9], [10], [11, 12]]
     with torch.no_grad():
@@ -60,16 +64,16 @@ def test_entropy_of_a_step_is_that_of_the_distributions_that_predict_its_tokens(
         logprobs = lm(input_ids=ids).logits[0, :, : lm.num_tokens].log_softmax(-1)
     token = -(logprobs.exp() * logprobs).sum(-1)[len(prompt) - 1 :]
     wanted = [float(x) for x in (token[:3].mean(), token[3], token[4:6].mean())]
-    assert script.step_entropies(lm, prompt, steps) == pytest.approx(wanted, abs=1e-5)
+    assert entropies(lm, prompt, steps) == pytest.approx(wanted, abs=1e-5)
     many = script.chain_entropies(lm, [{"prompt_ids": prompt, "steps_ids": steps},
                                        {"prompt_ids": [5] * 6, "steps_ids": [[3] * 9]}])
     assert many[0] == pytest.approx(wanted, abs=1e-5)
     head = lm.get_output_embeddings().weight
     head.data.zero_()
-    assert script.step_entropies(lm, prompt, steps) == pytest.approx([math.log(29)] * 3)
+    assert entropies(lm, prompt, steps) == pytest.approx([math.log(29)] * 3)
     lm.model.norm.weight.data.zero_()[0] = 1000.0  # one state decides all: a certain model
     head.data[7, 0], head.data[8, 0] = 1000.0, -1000.0
-    assert script.step_entropies(lm, prompt, steps) == pytest.approx([0.0] * 3, abs=1e-6)
+    assert entropies(lm, prompt, steps) == pytest.approx([0.0] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("k", range(6))
@@ -119,11 +123,6 @@ def test_a_demonstration_has_k_spans_and_the_whole_answer(c, k):
     assert set(weights[others].tolist()) == {1.0}
 
 
-def test_a_bound_on_the_entropy_limits_what_is_replaced():
-    policy, cfg, _, problems = built(max_entropy=1e-9)
-    assert not script.sft_examples(problems, policy, 3, cfg)["latent_mask"].any()
-
-
 def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_latent_token():
     policy, cfg, _, problems = built(latents_per_step=2, latent_rms=False)
     batch = script.sft_examples(problems, policy, 2, cfg)
@@ -132,9 +131,7 @@ def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_l
     optimizer = torch.optim.SGD([{"params": trained, "initial_lr": 0.0}], 0.0)
     with torch.no_grad():
         logits = common.lm_logits(policy.lm, policy.hidden(batch))
-        inside = torch.isin(batch["completion_ids"], policy.banned)  # forced ends: E against L
-        banned = torch.zeros(32, dtype=torch.bool).index_fill(0, policy.banned, True)
-        logits = logits.masked_fill(inside[..., None] ^ banned, -torch.inf)
+        logits[..., policy.latent_id] = -torch.inf  # ends compete with all text
         ce = F.cross_entropy(logits.transpose(1, 2), batch["completion_ids"], reduction="none")
         wanted = (ce * weights)[weights > 0].sum() / weights.sum()
         policy.table.weight[policy.latent_id] += 3.0  # tied: the head moves too, so compare states
@@ -157,10 +154,13 @@ def test_curriculum_adds_a_tenth_of_the_data_and_a_step_a_round():
     assert list(ks) == sorted(ks) and list(shares) == sorted(shares)
     assert shares[0] == pytest.approx(0.1) and shares[-1] == pytest.approx(1.0)
     assert len(set(firsts)) == len(set(numbers)) == 10
+    for cfg.sft_steps in (11, 95, 300):  # no step count leaves rounds out or makes one long
+        found = [script.round_of(step, cfg)[0] for step in range(cfg.sft_steps)]
+        assert {found.count(n) for n in range(10)} <= {cfg.sft_steps // 10, cfg.sft_steps // 10 + 1}
     cfg.replace = "all"
-    assert script.round_of(94, cfg)[3] == 9
+    assert script.round_of(cfg.sft_steps - 1, cfg)[3] == 9
     cfg.max_replaced_steps = 0
-    assert script.round_of(94, cfg)[3] == 0
+    assert script.round_of(cfg.sft_steps, cfg)[3] == 0
 
 
 def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(capsys):
@@ -168,11 +168,19 @@ def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(caps
     problem = {"question": "1", "steps": None, "solution": None, "answer": "7", "prompt_ids": [1]}
     chains = [{"solution": "1+2.\n3"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
               {"solution": "1" * 50}]
-    kept = script.read_demonstrations([{**problem, **c} for c in chains], tokenizer, cfg)
-    assert [len(p["steps_ids"]) for p in kept] == [1, 2]
+    lm = make_lm()
+    kept = script.read_demonstrations([{**problem, **c} for c in chains], tokenizer, lm, cfg)
+    assert [len(p["steps_ids"]) for p in kept] == [1, 2] and kept[0]["answer_ids"][-1] == 2
     assert "3 of 5 problems" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.read_demonstrations([problem], tokenizer, cfg)
+        script.read_demonstrations([problem], tokenizer, lm, cfg)
+    chains = [{**problem, "steps": ["1", "2", "3"]}]  # 3 + 4 tokens; with spans of 3 instead, 13
+    for cfg.max_completion_length, S in ((13, 3), (12, 2), (7, 0)):
+        cfg.max_replaced_steps = S
+        assert script.read_demonstrations(chains, tokenizer, lm, cfg)
+        cfg.max_replaced_steps = S + 1
+        with pytest.raises(SystemExit):
+            script.read_demonstrations([{**chains[0], "steps": list("1234")}], tokenizer, lm, cfg)
 
 
 def test_the_two_kinds_of_steps_of_the_built_in_chain():
@@ -204,6 +212,21 @@ def test_a_cold_start_stopped_and_resumed_is_the_uninterrupted_one(model, tmp_pa
     assert differences(whole / "step_000004", parts / "step_000004") == []
     assert rows(whole, "eval") == rows(parts, "eval")
     assert [r["step"] for r in rows(whole, "eval")] == [0, 2, 4]
+
+
+def test_a_signal_during_the_evaluation_of_the_cold_start_saves(model, tmp_path, monkeypatch):
+    original = script.evaluate
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = f"--stage sft {SHORT} --sft_save_every 9"
+    result = train("hyrea", flags(model, whole, more))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", lambda policy, tokenizer, problems, cfg, rng: (
+            rng.initial_seed() == make_rng("cpu", 0, "check", 2, 0).initial_seed()
+            and script.SIGNALS.append(15)) or original(policy, tokenizer, problems, cfg, rng))
+        assert train("hyrea", flags(model, parts, more)) == 143
+    assert (parts / "step_000002").exists()
+    assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
+    assert differences(whole / "step_000004", parts / "step_000004") == []
 
 
 @pytest.mark.parametrize("call", [2, 3, 6])

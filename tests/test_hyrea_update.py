@@ -16,7 +16,7 @@ S = script.MARKERS[0]
 
 def record(correct, marker=True, switches=0, truncated=False):
     return {"correct": correct, "format_ok": marker, "truncated": truncated,
-            "completion": S * switches}
+            "completion": S * 3, "latent_spans": [[n, n + 1] for n in range(switches)]}
 
 
 def test_default_rewards_put_a_right_answer_before_any_use_of_latents():
@@ -35,8 +35,10 @@ def test_the_latent_reward_counts_switches(kind, expected):
     weights = script.reward_weights(cfg)
     found = [script.reward({**record(False, False, n), "weights": weights}) for n in (0, 1, 9)]
     assert found == pytest.approx([0.5 * x for x in expected])
-    _, cfg = built(max_replaced_steps=0)
-    assert script.reward_weights(cfg)["latent"] == 0  # the explicit baseline earns none
+    _, cfg = built(max_replaced_steps=0, latent_reward=kind)
+    weights = script.reward_weights(cfg)
+    assert weights["latent"] == 0  # the explicit baseline earns none
+    assert script.reward({**record(True), "weights": weights}) == 1.2
 
 
 def test_spans_before_the_answer_do_not_touch_it():
@@ -55,11 +57,11 @@ def test_spans_before_the_answer_do_not_touch_it():
 
 def test_greedy_decoding_is_deterministic_and_switches_are_spans():
     policy, cfg = built(1)
-    one, two = (draw_often(policy, cfg, 2, greedy=True, seed=s) for s in (1, 2))
+    one, two = (draw_often(policy, cfg, 2, True, s, 5.0) for s in (1, 2))
     assert torch.equal(one["completion_ids"], two["completion_ids"])
     latent, exists = one["latent_mask"], one["completion_mask"]
     opened = (one["completion_ids"] == policy.start_id) & exists
-    opened[:, -2:] = latent[:, -2:] = False  # a span that the limit cuts off
+    opened[:, -3:] = latent[:, -2:] = False  # a span that the limit cuts off
     assert opened.sum() == latent.sum() > 0
 
 
@@ -120,7 +122,9 @@ def test_the_reference_reads_its_own_latents():
 
 
 @pytest.mark.parametrize("flag", ["", "--replay_latents", "--end_latent sampled"])
-def test_several_updates_on_a_rollout_move_the_ratio_and_stay_finite(model, tmp_path, flag):
+def test_several_updates_on_a_rollout_move_the_ratio_and_stay_finite(
+        model, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(script, "reward", lambda record: float(record["length"] % 2))
     more = f"--stage rl --update_epochs 2 --minibatches 2 --latents_per_step 1 {flag}"
     assert isinstance(train("hyrea", flags(model, tmp_path / "run", more)), dict)
     assert max(r["ratio_max"] for r in rows(tmp_path / "run", "train")) > 1.001
@@ -159,6 +163,56 @@ def test_the_gradient_on_two_ranks_is_the_mean_of_the_local_ones(tmp_path):
     assert job.wait(120) == 0, (tmp_path / "log").read_text()
 
 
+def test_a_bound_on_the_entropy_limits_what_is_replaced():
+    from test_hyrea_start import built as demonstrate
+    policy, cfg, _, problems = demonstrate(max_entropy=1e-9)
+    assert not script.sft_examples(problems, policy, 3, cfg)["latent_mask"].any()
+
+
+def test_sampled_ends_are_demonstrated_as_going_on_for_c_slots_and_then_ending():
+    """A small cold start: greedy decoding uses all c latents, and the forced end is certain."""
+    from test_hyrea_start import built as demonstrate
+    policy, cfg, _, problems = demonstrate(latents_per_step=2, end_latent="sampled", seed=0)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": 0.01}], weight_decay=0)
+    cfg.steps, cfg.warmup_steps = 99, 0
+    for step in range(60):
+        batch = script.sft_examples(problems, policy, 4, cfg)
+        assert batch["loss_mask"].equal(batch["completion_mask"])
+        script.sft_update(policy, optimizer, trained, batch, step, cfg)
+    ids, labels = batch["completion_ids"], policy(batch, labels=True)["logprobs"].exp()
+    assert labels[ids == policy.end_id].min() > 0.9 < labels[ids == policy.latent_id].min()
+    found = script.rollout(policy, [p["prompt_ids"] for p in problems], cfg, None, greedy=True)
+    opened = (found["completion_ids"] == policy.start_id).sum()
+    assert found["latent_mask"].sum() == 2 * opened >= 2 * len(problems)
+
+
+def test_rl_refuses_a_checkpoint_of_other_spans_in_one_line(model, tmp_path, capsys):
+    more = "--max_replaced_steps 2 --latents_per_step 1"
+    train("hyrea", flags(model, tmp_path / "one", f"{more} --steps 1"))
+    for flag in ("--max_replaced_steps 1", "--latents_per_step 2", "--no-latent_rms"):
+        capsys.readouterr()
+        argv = flags(tmp_path / "one", tmp_path / "two", f"{more} {flag}")
+        assert train("hyrea", argv) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert flag.split()[0].replace("--no-", "--") in line
+    assert not (tmp_path / "two").exists()
+
+
+def test_markers_learn_in_float32_and_have_a_reference_beside_adapters(
+        model, tmp_path, monkeypatch):
+    references, make = [], script.reference_logprobs
+    monkeypatch.setattr(script, "reward", lambda record: float(record["length"] % 2))
+    monkeypatch.setattr(script, "reference_logprobs", lambda policy, reference, *args: (
+        references.append(reference) or make(policy, reference, *args)))
+    train("hyrea", flags(model, tmp_path / "run", "--lora_rank 2 --dtype bfloat16 --stage rl"))
+    assert references[0] is not None
+    state = torch.load(tmp_path / "run/step_000004/trainer.pt", weights_only=True)["policy"]
+    assert {v.dtype for v in state.values()} == {torch.float32}
+    rows_ = next(v for n, v in state.items() if "embed_tokens" in n)[29:32]
+    assert not torch.equal(rows_, rows_.bfloat16().float())
+
+
 @pytest.mark.parametrize("more, words", [
     ("--stage both", "--stage both sft rl all"), ("--replace some", "--replace some entropy"),
     ("--end_latent never", "--end_latent never forced sampled"),
@@ -177,7 +231,5 @@ def test_markers_are_learned_when_the_rest_of_the_table_is_frozen():
     policy, cfg = built(2)
     found, sums = gradients(script, policy, cfg, draw(script, policy, cfg))
     assert sums["latent_size"][1] > 0 and found["lm.model.norm.weight"].any()
-    policy.reset_markers()
     table = policy.table.weight
-    rows_ = [policy.start_id, policy.end_id, policy.latent_id]
-    assert all(torch.equal(table[i], table[rows_[0]]) for i in rows_)
+    torch.testing.assert_close(table[29:32], table[:29].mean(0).expand(3, -1))

@@ -226,7 +226,7 @@ class Policy(nn.Module):
             module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
             if cfg.max_replaced_steps:
                 module.float()  # so is what learns in a bfloat16 model with adapters
-            if new:  # start as the mean row: neither likely nor unlikely
+            if new and cfg.stage != "rl":  # start as the mean row: neither likely nor unlikely
                 module.weight.data[rows] = module.weight.data[: min(rows)].mean(0)
             if module.weight.requires_grad and not cfg.train_embeddings:
                 module.weight.register_hook(self.only_markers)

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from conftest import METHODS, ROOT
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)  # tiny tensors; on busy cores two threads wait for each other
-OFF = {"hrpo": "--no-hybrid"}  # what turns each into plain GRPO
+OFF = {"hrpo": "--no-hybrid", "latent_grpo": "--no-latent"}  # what turns each into plain GRPO
 assert set(OFF) == set(METHODS)
+FIRST = {"latent_grpo": ["--stage", "rl"]}  # flags of a script, which others may overrule
 QUICK = ("--preset tiny --train arithmetic:2 --device cpu --steps 4 --num_prompts 4 --group_size 4 "
          "--max_completion_length 8 --eval_limit 8 --eval_every 2 --save_every 2 --lr 0.01 "
          "--kl_coef 0.5 --warmup_steps 1")
@@ -29,7 +31,7 @@ def train(method, argv):
     """main(argv) in this process -> its result, or the code of the SystemExit that it raised."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return import_module(method).main(argv)
+        return import_module(method).main([*FIRST.get(method, []), *argv])
     except SystemExit as stop:
         return stop.code
     finally:
@@ -43,6 +45,7 @@ def launch(script, argv, log, ranks=1):
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with open(log, "w", encoding="utf-8") as f:
+        argv = [*FIRST.get(Path(script).stem, []), *argv]
         return subprocess.Popen([*command, str(script), *argv], stdout=f, stderr=f, cwd=ROOT,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 

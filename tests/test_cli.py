@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 from runs import OFF, flags, rows, train, tree
 
-EXTRA = {"hrpo": {"gate_a", "hidden_ratio", "hidden_ratio_decay_only"}}  # metrics of the method
+EXTRA = {  # metrics of the method
+    "hrpo": {"gate_a", "hidden_ratio", "hidden_ratio_decay_only"},
+    "latent_grpo": {"margin", "crossed_frac", "top_weight"}}
 ELSEWHERE = {"device", "dtype", "preset"}  # "auto" fields that no preset sets
 
 
@@ -100,7 +102,9 @@ def test_help_is_quick_and_explains_every_field(method):
 def test_the_model_decides_the_preset(method, name, preset, train_set, marker):
     script = import_module(method)
     cfg = script.parse_config(["--model", name])
-    assert (cfg.preset, cfg.train, cfg.answer_marker) == (preset, train_set, marker)
+    assert cfg.preset == preset
+    if method == "hrpo":
+        assert (cfg.train, cfg.answer_marker) == (train_set, marker)
     assert all(getattr(cfg, key) == value for key, value in script.PRESETS[preset].items())
     other = {"tiny": "paper", "paper": "tiny"}[preset]
     cfg = script.parse_config(["--model", name, "--preset", other, "--lr", "0.5"])
@@ -112,7 +116,7 @@ def test_the_model_decides_the_preset(method, name, preset, train_set, marker):
 def test_every_preset_sets_every_field_that_is_auto_and_no_other(method):
     script = import_module(method)
     automatic = {f.name for f in dataclasses.fields(script.Config) if f.default == "auto"}
-    assert set(script.PRESETS) == {"tiny", "paper"} and ELSEWHERE < automatic
+    assert set(script.PRESETS) >= {"tiny", "paper"} and ELSEWHERE < automatic
     for preset in script.PRESETS.values():
         assert set(preset) == automatic - ELSEWHERE
 

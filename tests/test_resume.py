@@ -71,9 +71,10 @@ import {method} as script, runs, test_resume
 from pathlib import Path
 script.reward, script.load_problems = test_resume.odd_length, test_resume.few_problems
 whole, parts = Path({out!r}) / "whole", Path({out!r}) / "parts"
-script.main(runs.flags({model!r}, whole, "{variant}"))
-script.main(runs.flags({model!r}, parts, "{variant} --stop_after 3"))
-script.main(runs.flags({model!r}, parts, "{variant} --resume auto"))
+first = runs.FIRST.get({method!r}, [])
+script.main([*first, *runs.flags({model!r}, whole, "{variant}")])
+script.main([*first, *runs.flags({model!r}, parts, "{variant} --stop_after 3")])
+script.main([*first, *runs.flags({model!r}, parts, "{variant} --resume auto")])
 script.dist.destroy_process_group()
 """
 

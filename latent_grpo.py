@@ -242,7 +242,7 @@ def latent_logprob(scores, logprobs, ste):
     value = -d - torch.exp(-d)
     if ste == "released":
         gentle = d - torch.exp(d)
-        value = torch.where(d < 0, value.detach() + gentle - gentle.detach(), value)
+        value = torch.where(d < 0, value.detach() + (gentle - gentle.detach()), value)
     return value.mean(-1)
 
 

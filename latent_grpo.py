@@ -123,7 +123,7 @@ class Config:
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [code]
     sft_noise: float = 1.0  # factor on the Gumbel noise of labels, which are the inputs too [code]
     sft_save_every: int = "auto"  # steps [ours]
-    chunk: int = 2  # ids of the chain in one latent token; numbers never share one [ours]
+    chunk: int = 2  # ids of the chain in one latent token; two of digits never share one [ours]
 
     def __post_init__(self):
         if self.warmup_steps < 0:
@@ -433,7 +433,7 @@ def method_metrics(policy, outputs, batch, cfg, step):
 
 
 def chunk_labels(ids, size, is_digits):
-    """Chain of ids -> chunks of at most `size`, never with two numbers side by side [ours].
+    """Chain of ids -> chunks of at most `size`, with at most one id of digits in each [ours].
 
     The ids of a chunk share one latent token, which forgets their order: 18 would equal 81.
     """
@@ -441,7 +441,7 @@ def chunk_labels(ids, size, is_digits):
     chunks = []
     for i in ids:
         full = not chunks or len(chunks[-1]) == size
-        if full or is_digits[i] and is_digits[chunks[-1][-1]]:
+        if full or is_digits[i] and any(is_digits[j] for j in chunks[-1]):
             chunks.append([])
         chunks[-1].append(i)
     return chunks

@@ -87,7 +87,8 @@ def test_a_checkpoint_as_model_brings_its_method_and_preset(run, tmp_path):
     policy = script.Policy(*common.load_model(str(folder)), cfg)
     own = {k: v.clone() for k, v in policy.state_dict().items() if not k.startswith(("lm", "tab"))}
     common.load_method(policy, str(folder), method)
-    assert own and any(not v.equal(policy.state_dict()[k]) for k, v in own.items())
+    moved = any(not v.equal(policy.state_dict()[k]) for k, v in own.items())
+    assert moved or (not own and method != "hrpo")  # it may add no weights
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():

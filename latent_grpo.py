@@ -109,7 +109,7 @@ class Config:
     latent_top_k: int = "auto"  # embeddings in a mixture, K [eq. 1, code]
     latent_top_p: float = 0.95  # nucleus that noise may bring candidates in from [code]
     latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
-    noise_scale: float = 1.0  # factor on the Gumbel noise, lambda [code]
+    noise_scale: float = "auto"  # factor on the Gumbel noise, lambda [code]
     latent_end: str = "either"  # who ends a thought: clean argmax, perturbed one, or either [code]
     one_sided: bool = "auto"  # shift the noise above 0 [eq. 12]
     ste: str = "paper"  # slope past the target: paper, released or none; with --one_sided [eq. 16]
@@ -165,16 +165,17 @@ PRESETS = {
         group_size=8, max_extra_rollouts=0, max_prompt_length=128, max_completion_length=32,
         temperature=1.0, top_k=0, lr=1e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0,
         minibatches=1, micro_batch=64, lora_rank=0, eval_every=20, eval_limit=1024,
-        eval_batch=1024, save_every=50, latent_top_k=2, one_sided=True, mask_invalid=True,
-        first_token_selection=True, sft_steps=400, cot_steps=0, sft_batch=64, sft_lr=1e-3,
-        sft_save_every=200),
+        eval_batch=1024, save_every=50, latent_top_k=2, noise_scale=0.5, one_sided=True,
+        mask_invalid=True, first_token_selection=True, sft_steps=800, cot_steps=0, sft_batch=64,
+        sft_lr=2e-3, sft_save_every=200),
     "paper": dict(  # GSM8K with Llama-3.2-1B-Instruct [code]; lengths of prompts, stage 1 [ours]
         train="gsm8k", answer_marker="</think>", steps=10000, num_prompts=64, group_size=8,
         max_extra_rollouts=50, max_prompt_length=384, max_completion_length=128, temperature=1.0,
         top_k=0, lr=1e-6, weight_decay=0.01, max_grad_norm=1.0, kl_coef=0.0, minibatches=4,
         micro_batch=8, lora_rank=0, eval_every=100, eval_limit=512, eval_batch=64, save_every=200,
-        latent_top_k=10, one_sided=True, mask_invalid=True, first_token_selection=True,
-        sft_steps=2000, cot_steps=200, sft_batch=256, sft_lr=2e-5, sft_save_every=500),
+        latent_top_k=10, noise_scale=1.0, one_sided=True, mask_invalid=True,
+        first_token_selection=True, sft_steps=2000, cot_steps=200, sft_batch=256, sft_lr=2e-5,
+        sft_save_every=500),
 }
 TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
 PRESETS["soft_grpo"] = {**PRESETS["tiny"], **TWO_SIDED}  # the baseline, here and ...

@@ -73,7 +73,8 @@ def test_noise_is_clipped_shifted_and_scaled():
     g = torch.tensor([-9.0, -1.5, 0.0, 3.0, 9.0])
     assert script.one_sided_noise(g).tolist() == [0.0, 0.0, 1.5, 4.5, 4.5]
     assert script.one_sided_noise(g, 1.0, 2.0, 0.5).tolist() == [0.5, 0.5, 1.5, 3.5, 3.5]
-    cfg, logits = script.Config(**script.PRESETS["tiny"], noise_scale=2.0), torch.zeros(200, 100)
+    cfg = script.Config(**{**script.PRESETS["tiny"], "noise_scale": 2.0})
+    logits = torch.zeros(99, 99)
     high = script.draw_noise(logits, cfg, make_rng("cpu", 0))
     cfg.one_sided = False
     both = script.draw_noise(logits, cfg, make_rng("cpu", 0))
@@ -81,6 +82,7 @@ def test_noise_is_clipped_shifted_and_scaled():
     assert high.min() == 0 and high.max() == 9 and both.min() == -3 and both.max() == 6
     # expected slope of eq. 27: about 0 with two sides, 0.78 with one, as the specification computes
     one, two = 1 - torch.exp(-high / 2), 1 - torch.exp(-both / 2)
+    torch.testing.assert_close(one, 1 - math.exp(-1.5) + math.exp(-1.5) * two)
     assert one.mean() == pytest.approx(0.779, abs=0.01)
     assert two.mean() == pytest.approx(0.0105, abs=0.03)
 

@@ -212,3 +212,12 @@ def test_old_logprobs_of_several_updates_are_those_before_the_first(monkeypatch)
         expected = select_rows({**batch, "old_logprobs": before}, rows)["old_logprobs"]
         torch.testing.assert_close(part["old_logprobs"], expected, rtol=0, atol=1e-5)
     assert len(batch["lengths"]) == 4 * len(PROMPTS)
+
+
+def test_the_path_score_is_a_mean_over_positions():
+    cfg = script.Config(**{**script.PRESETS["tiny"], "group_size": 3})
+    mask = torch.arange(5) < torch.tensor([2, 4, 3])[:, None]
+    batch = {"rewards": torch.tensor([1.0, 1.0, 0.0]), "lengths": mask.sum(1), "loss_mask": mask,
+             "rollout_logprobs": torch.tensor([-1.0, -0.8, -0.1])[:, None] * mask}
+    first = script.compute_advantages(batch, cfg)[:, 0].tolist()  # sums: -2, -3.2; means -1, -0.8
+    assert first[0] == first[2] == 0 < first[1]

@@ -163,7 +163,7 @@ PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic-verbose", answer_marker="</think>", steps=100, num_prompts=32,
         group_size=8, max_extra_rollouts=0, max_prompt_length=128, max_completion_length=32,
-        temperature=1.0, top_k=0, lr=1e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0,
+        temperature=1.0, top_k=0, lr=1e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.1,
         minibatches=1, micro_batch=64, lora_rank=0, eval_every=20, eval_limit=1024,
         eval_batch=1024, save_every=50, latent_top_k=2, noise_scale=0.5, one_sided=True,
         mask_invalid=True, first_token_selection=True, sft_steps=800, cot_steps=0, sft_batch=64,

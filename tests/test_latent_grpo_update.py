@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 def rollout(group_size=4, **changes):
     """-> policy, cfg, batch with rewards (the first two of a group are right) and advantages."""
-    _, policy, cfg = build("latent_grpo", **changes)
+    _, policy, cfg = build("latent_grpo", **{"kl_coef": 0.0, **changes})
     cfg.group_size = group_size
     batch = draw(script, policy, cfg, group_size=group_size)
     batch["rewards"] = (torch.arange(len(batch["lengths"])) % group_size < 2).float()
@@ -93,7 +93,7 @@ def test_without_the_devices_advantages_are_plain_group_advantages(flag, value):
     (1.0, 1.0, -1.0), (1.0, -1.0, 1.0), (1.3, 1.0, 0.0), (1.3, -1.0, 1.3), (0.7, 1.0, -0.7),
     (0.7, -1.0, 0.0), (2.9, -1.0, 2.9), (3.1, -1.0, 0.0)])
 def test_clip_and_dual_clip_stop_the_gradient_where_they_must(ratio, advantage, slope):
-    cfg = script.Config(**script.PRESETS["tiny"])
+    cfg = script.Config(**{**script.PRESETS["tiny"], "kl_coef": 0.0})
     logprobs = torch.zeros(1, 1, requires_grad=True)
     batch = {"advantages": torch.tensor([[advantage]]),
              "old_logprobs": -torch.tensor([[ratio]]).log()}

@@ -163,7 +163,7 @@ PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic-verbose", answer_marker="</think>", steps=100, num_prompts=32,
         group_size=8, max_extra_rollouts=0, max_prompt_length=128, max_completion_length=32,
-        temperature=1.0, top_k=0, lr=1e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.1,
+        temperature=1.0, top_k=0, lr=5e-5, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.1,
         minibatches=1, micro_batch=64, lora_rank=0, eval_every=20, eval_limit=1024,
         eval_batch=1024, save_every=50, latent_top_k=2, noise_scale=0.5, one_sided=True,
         mask_invalid=True, first_token_selection=True, sft_steps=800, cot_steps=0, sft_batch=64,
@@ -178,8 +178,9 @@ PRESETS = {
         sft_save_every=500),
 }
 TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
-PRESETS["soft_grpo"] = {**PRESETS["tiny"], **TWO_SIDED}  # the baseline, here and ...
-PRESETS["soft_grpo_paper"] = {**PRESETS["paper"], **TWO_SIDED}  # ... on real models
+# The baseline, at the rate that suits it, and ...
+PRESETS["soft_grpo"] = {**PRESETS["tiny"], **TWO_SIDED, "lr": 3e-4}
+PRESETS["soft_grpo_paper"] = {**PRESETS["paper"], **TWO_SIDED}  # ... for real models
 
 # === 2. the method ================================================================================
 
@@ -557,6 +558,7 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
     demonstrations, is_digits = read_demonstrations(problems, tokenizer, policy, cfg)
     dist.barrier()  # all ranks have looked for the checkpoint
     if rank == 0:
+        print(f"supervised stage: steps {state['step']} to {cfg.steps}, in {folder}", flush=True)
         (folder / "code").mkdir(parents=True, exist_ok=True)
         open_run(folder, settings, __file__, state["step"])
     bar = tqdm(total=cfg.steps, initial=state["step"], desc="supervised", disable=rank > 0 or None)
@@ -613,7 +615,7 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
         if rank == 0:
             log_rows(folder, row, [])
     if rank == 0:
-        print(f"supervised stage: {state['step']} of {cfg.steps} steps, in {folder}", flush=True)
+        print(f"supervised stage: done up to step {state['step']} of {cfg.steps}", flush=True)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     return row
 
@@ -731,7 +733,7 @@ def compute_advantages(batch, cfg):
     valid = batch["lengths"] < cfg.max_completion_length  # [eq. 9]
     advantages = group_advantages(rewards, cfg.group_size)
     groups = torch.arange(len(rewards), device=rewards.device).view(-1, cfg.group_size)
-    if cfg.latent and cfg.mask_invalid:
+    if cfg.latent and cfg.mask_invalid and not cfg.dry_run:  # there, all are cut off
         advantages = torch.cat([valid_advantages(rewards[g], valid[g]) for g in groups])
     advantages = advantages[:, None] * mask
     path_scores = (batch["rollout_logprobs"] * mask).sum(1) / mask.sum(1).clamp(min=1)

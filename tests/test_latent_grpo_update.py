@@ -81,7 +81,8 @@ def test_only_the_winner_keeps_the_advantage_of_its_first_position():
     assert winners > 1
 
 
-@pytest.mark.parametrize("flag, value", [("latent", False), ("mask_invalid", False)])
+@pytest.mark.parametrize("flag, value", [
+    ("latent", False), ("mask_invalid", False), ("dry_run", True)])
 def test_without_the_devices_advantages_are_plain_group_advantages(flag, value):
     _, cfg, batch = rollout(**{flag: value, "first_token_selection": False})
     plain = script.group_advantages(batch["rewards"], 4)[:, None] * batch["loss_mask"]

@@ -536,12 +536,30 @@ def check_start(policy, tokenizer, problems, cfg, step):
     return row
 
 
+def sft_gradients(policy, batch, cfg):
+    """Add this rank's share of the gradient, for each micro-batch -> both losses, of all ranks.
+
+    soft_label_loss, mean over all demonstrations of the step, and the cross entropy of marker,
+    answer and EOS, mean over all these tokens.
+    """
+    num_answers = all_reduce(int((batch["loss_mask"] & ~batch["latent_mask"]).sum()))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in micro_batches(batch, range(len(batch["lengths"])), cfg.micro_batch, cfg.max_tokens):
+        micro = select_rows(batch, rows)
+        outputs, latent = policy(micro), micro["latent_mask"]
+        weights = (micro["topk_scores"] / cfg.latent_tau).softmax(-1)
+        kl = soft_label_loss(outputs["kept"], weights, latent).sum() / cfg.sft_batch
+        ce = -outputs["logprobs"][micro["loss_mask"] & ~latent].sum() / num_answers
+        (kl + ce).backward()
+        sums += torch.tensor([kl.item(), ce.item()], dtype=torch.float64)
+    return all_reduce(sums.tolist())
+
+
 def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
     """Supervised stage, in its own run folder -> last metrics row ({} if it was complete already).
 
-    Loss: soft_label_loss, mean over rows, plus the cross entropy of marker, answer and EOS, mean
-    over these tokens. The first --cot_steps steps read single ids without noise: plain supervised
-    chains. Inputs are the labels, with their noise, never the model's own mixtures.
+    The first --cot_steps steps read single ids without noise: plain supervised chains, as all do
+    with --no-latent. Inputs are the labels, with their noise, never the model's own mixtures.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     folder = Path(cfg.out_dir) if cfg.stage == "sft" else Path(cfg.out_dir) / "sft"
@@ -570,28 +588,17 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
         rng = make_rng(policy.table.weight.device, cfg.seed, "sft", step, rank)
         chosen = [demonstrations[i] for i in indices[rank::world_size]]
         batch = demonstrate(chosen, policy, cfg, size, noise_scale, is_digits, rng)
-        answers = batch["loss_mask"] & ~batch["latent_mask"]
-        num_answers, sums = all_reduce(int(answers.sum())), torch.zeros(2, dtype=torch.float64)
-        for piece in micro_batches(batch, range(len(answers)), cfg.micro_batch, cfg.max_tokens):
-            micro = select_rows(batch, piece)
-            outputs = policy(micro)
-            weights = (micro["topk_scores"] / cfg.latent_tau).softmax(-1)
-            kl = soft_label_loss(outputs["kept"], weights, micro["latent_mask"])
-            answers = micro["loss_mask"] & ~micro["latent_mask"]
-            losses = torch.stack([kl.sum() / cfg.sft_batch,
-                                  -outputs["logprobs"][answers].sum() / num_answers])
-            losses.sum().backward()
-            sums += losses.detach().double().cpu()
+        kl, ce = sft_gradients(policy, batch, cfg)
         for p in trained:  # the losses are shares of the global means, so gradients are summed
             dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
-        if math.isfinite(grad_norm):  # the same on all ranks
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
-            optimizer.step()
+        if not math.isfinite(grad_norm):  # the same on all ranks
+            raise SystemExit(f"supervised step {step + 1}: no finite gradient; lower --sft_lr")
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
+        optimizer.step()
         optimizer.zero_grad()
         state = {"stage": "sft", "step": step + 1}
-        kl, ce = all_reduce(sums.tolist())
         row = {"kind": "train", "step": step + 1, "kl": kl, "ce": ce, "grad_norm": grad_norm}
         if rank == 0:
             bar.update()
@@ -607,13 +614,13 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
         if stopping:
             break
     bar.close()
-    if stop_agreed():
-        raise SystemExit(128 + stop_agreed())
-    if state["step"] == cfg.steps:
+    if state["step"] == cfg.steps and not stop_agreed():
         row = {"kind": "eval", "step": cfg.steps,
                **check_start(policy, tokenizer, eval_problems, cfg, cfg.steps)}
-        if rank == 0:
-            log_rows(folder, row, [])
+    if signum := stop_agreed():
+        raise SystemExit(128 + signum)
+    if rank == 0 and row.get("kind") == "eval":
+        log_rows(folder, row, [])
     if rank == 0:
         print(f"supervised stage: done up to step {state['step']} of {cfg.steps}", flush=True)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes

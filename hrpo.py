@@ -520,8 +520,9 @@ def parse_config(argv=None):
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     parser.set_defaults(**PRESETS["tiny"])
     first = parser.parse_args(argv)
+    saved = checkpoint_settings(first.model).get("preset")
     by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
-    by_model = checkpoint_settings(first.model).get("preset", by_model)
+    by_model = saved if saved in PRESETS else by_model
     preset = by_model if first.preset == "auto" else first.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
@@ -550,6 +551,8 @@ def setup_distributed(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if cfg.deterministic:
+        if device.type == "cuda" and cfg.top_p < 1:
+            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():

@@ -132,8 +132,8 @@ class Config:
             fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
         if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
             fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
-        if not self.latent_tau > 0:
-            fail(f"--latent_tau {self.latent_tau}: must be above 0; 0.3 and 0.5 are published")
+        if not 1e-4 <= self.latent_tau < math.inf:
+            fail(f"--latent_tau {self.latent_tau}: want 0.0001 or more; 0.3 and 0.5 are published")
         if self.latent_grad not in ("soft", "concrete", "gumbel", "token", "none"):
             fail(f"--latent_grad {self.latent_grad}: must be soft, concrete, gumbel, token or none")
         if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
@@ -336,8 +336,8 @@ def latent_input(policy, logits, cfg, rng, greedy):
 def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
     """As next_input, but latent until the answer marker: Soft Thinking (arXiv 2505.15778).
 
-    The id that completes the marker is fed plain, like all that follow. Cold stop: after
-    cold_stop_length steps in a row with an entropy below cold_stop_entropy, the marker's ids are
+    The id that completes the marker is fed plain, like all that follow. Cold stop: from the
+    cold_stop_length-th step in a row whose entropy is below cold_stop_entropy, the marker's ids are
     fed one by one, whatever the model says. Only for decoding: nothing is kept for a loss.
     """
     shown, mixed, _ = latent_input(policy, logits, cfg, rng, greedy)

@@ -72,12 +72,12 @@ def test_given_flags_replace_the_mode_which_replaces_what_was_saved(run):
     method, folder, _ = run
     script, cfg, mode, given = configure(folder)
     assert (script.METHOD, mode, given, cfg.lr) == (method, "trained", {}, 0.01)
-    assert cfg.greedy and cfg.num_samples == 1 and cfg.max_completion_length == 8
+    assert cfg.greedy and cfg.num_samples == 1 and cfg.max_completion_length == 12
     line = "--temperature 0.3 --top_p=0.5 --no-greedy --eval_batch 3"
     given = {"temperature": 0.3, "top_p": 0.5, "greedy": False, "eval_batch": 3}
     for mode in evaluation.MODES:
         _, cfg, found, names = configure(folder, "--mode", mode, *line.split())
-        assert (found, names) == (mode, given) and cfg.max_completion_length == 8
+        assert (found, names) == (mode, given) and cfg.max_completion_length == 12
         assert {name: getattr(cfg, name) for name in given} == given
         assert cfg.top_k == (10 if mode == "soft_thinking" else 0)
     assert not configure(folder, "--num_samples", 4)[1].greedy
@@ -120,7 +120,7 @@ def test_ranks_and_presets_of_training_do_not_bind_an_evaluation(run, tmp_path, 
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "preset": "mine"}))
     monkeypatch.setenv("WORLD_SIZE", "7")
     saved = configure(hf, "--mode", "soft_thinking")[1]
-    assert saved.max_completion_length == 8 and configure(model)[1].answer_marker == "####"
+    assert saved.max_completion_length == 12 and configure(model)[1].answer_marker == "####"
 
 
 def test_a_checkpoint_evaluates_as_its_last_row_in_metrics(run):

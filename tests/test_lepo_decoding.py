@@ -124,11 +124,13 @@ def test_plain_switches_off_what_is_latent():
     assert torch.equal(policy.completion_embeds(batch)[exists], policy.table(ids)[exists])
 
 
-@pytest.mark.parametrize("more", ["", "--dry_run", "--cold_stop_entropy 0.1"])
-def test_soft_thinking_is_not_trained(model, tmp_path, capsys, monkeypatch, more):
+@pytest.mark.parametrize("more", [
+    "--until_marker", "--until_marker --dry_run", "--until_marker --cold_stop_entropy 0.1",
+    "--noise_scale 0.5", "--noise_scale 0 --latent_grad concrete"])
+def test_what_only_decodes_is_not_trained(model, tmp_path, capsys, monkeypatch, more):
     monkeypatch.setattr(lepo, "load_problems", few_problems)
-    line = refusal("lepo", flags(model, tmp_path / "run", f"--until_marker {more}"), capsys)
-    assert "--until_marker" in line and "eval.py" in line and not (tmp_path / "run").exists()
+    line = refusal("lepo", flags(model, tmp_path / "run", more), capsys)
+    assert more.split()[0] in line and "eval.py" in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("more, words", [

@@ -97,11 +97,16 @@ def configure(name, args):
     saved = checkpoint_settings(path)
     mode = args.mode if saved or args.mode != "trained" else "explicit"
     method, changes = MODES[mode]
-    method = method or saved.get("method", "hrpo")  # one of ours, or a fork that lies beside them
+    own = saved.get("method", "hrpo")  # one of ours, or a fork that lies beside them
+    if not method or changes.keys() <= saved.keys():  # a fork of the mode's script has its fields
+        method = own
     if not method.isidentifier() or not (Path(__file__).parent / f"{method}.py").is_file():
         fail(f"{name}: needs {method}.py, which is not beside eval.py")
     script = importlib.import_module(method)
     names = {f.name for f in dataclasses.fields(script.Config)}
+    for word in args.flags:
+        if word.startswith("--") and re.sub(r"^--(no-)?|=.*$", "", word) not in names:
+            fail(f"{word}: is no flag of eval.py, nor of {method}.py, which decodes {name}")
     given = {n for n in names for word in args.flags if re.match(rf"--(no-)?{n}(=|$)", word)}
     for field in sorted(given & ELSEWHERE.keys()):
         fail(f"--{field}: is no flag of eval.py; {ELSEWHERE[field]}")
@@ -154,12 +159,17 @@ def summarise(metrics, num_samples):
     return metrics
 
 
-def result_stem(folder, name, data, mode):
-    return folder / re.sub(r"[^\w.-]+", "-", f"{name.strip('/')}.{data}.{mode}")
+def settings(given):
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def result_stem(folder, name, data, mode, given):
+    parts = [name.strip("/"), data, mode, *settings(given)]
+    return folder / re.sub(r"[^\w.=-]+", "-", ".".join(parts))
 
 
 def write_results(stem, row, records):
-    """<model>.<data>.<mode>.jsonl with every completion, .json with the numbers."""
+    """<model>.<data>.<mode>.<flags>.jsonl with every completion, .json with the numbers."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{stem}.jsonl", "x", encoding="utf-8") as f:
         f.writelines(json.dumps(record) + "\n" for record in records)
@@ -169,7 +179,8 @@ def write_results(stem, row, records):
 
 def print_table(rows):
     columns = [*COLUMNS, *(key for key in rows[-1] if key.startswith("pass@"))]
-    labels = [f"{row['model']} {row['data']} {row['mode']}" for row in rows]
+    labels = [" ".join((row["model"], row["data"], row["mode"], *settings(row["given"])))
+              for row in rows]
     width = max(map(len, labels))
     print(" " * width, *(f"{name:>15}" for name in columns))
     for label, row in zip(labels, rows):
@@ -299,9 +310,9 @@ def main(argv=None):
     args = parse_args(argv)
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
     sets = {name: load_problems(name, "test", args.limit) for name in args.data.split(",") if name}
-    modes = {name: mode for name, (_, _, mode, _) in zip(args.models, asked)}
-    stems = {(name, data): result_stem(Path(args.out), name, data, modes[name])
-             for name, data in itertools.product(args.models, sets)}
+    stems = {(name, data): result_stem(Path(args.out), name, data, mode, given)
+             for (name, (_, _, mode, given)), data in itertools.product(
+                 zip(args.models, asked), sets)}
     for (name, data), stem in stems.items() if args.out else ():
         if Path(f"{stem}.jsonl").exists():
             fail(f"--out {args.out}: already has results of {name} on {data}; name another folder")

@@ -55,7 +55,7 @@ class Config:
 
     # model and data
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # where values shown as (auto) come from: tiny, paper; auto = by the model
+    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
     train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
     answer_marker: str = "auto"  # text that ends the thinking and opens the answer
@@ -74,12 +74,12 @@ class Config:
     max_completion_length: int = "auto"  # tokens, latent steps included
     temperature: float = "auto"  # of sampling, > 0
     top_k: int = "auto"  # sample among the k likeliest ids; 0 = all
-    top_p: float = 1.0  # then in this nucleus; 1 = off
+    top_p: float = "auto"  # then in this nucleus; 1 = off
     # update
     lr: float = "auto"  # AdamW learning rate of the language model
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear warm-up of all rates, then cosine to 0; -1 = a tenth of --steps
+    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
     max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
     kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
@@ -105,7 +105,7 @@ class Config:
     latent_steps: int = "auto"  # latent positions at the start of a completion, L_g; 0: GRPO [code]
     latent_tau: float = "auto"  # Gumbel-Softmax temperature tau; near 0 one token is fed [code]
     noise_scale: float = 1.0  # factor of the Gumbel noise; at 0, and when greedy, z = pi [ours]
-    latent_grad: str = "soft"  # score at latent steps: soft; concrete, gumbel, token, none [fig.]
+    latent_grad: str = "soft"  # latent score: soft [fig.]; or token, concrete, gumbel, none [ours]
     clip_latents: bool = False  # ratio and clip on latent positions too [ours]
     until_marker: bool = False  # latent until the answer marker: Soft Thinking, in eval.py [ours]
     cold_stop_entropy: float = 0.0  # with it: nats; a step below is calm; 0 = off [ours]
@@ -134,8 +134,8 @@ class Config:
             fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
         if not 1e-4 <= self.latent_tau < math.inf:
             fail(f"--latent_tau {self.latent_tau}: want 0.0001 or more; 0.3 and 0.5 are published")
-        if self.latent_grad not in ("soft", "concrete", "gumbel", "token", "none"):
-            fail(f"--latent_grad {self.latent_grad}: must be soft, concrete, gumbel, token or none")
+        if self.latent_grad not in LATENT_GRADS:
+            fail(f"--latent_grad {self.latent_grad}: must be one of {', '.join(LATENT_GRADS)}")
         if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
             fail(f"--train {self.train}: a file has no test split; name --eval_data")
 
@@ -143,7 +143,8 @@ class Config:
 PRESETS = {
     "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic", answer_marker="</think>", steps=100, num_prompts=32, group_size=8,
-        max_prompt_length=128, max_completion_length=32, temperature=1.0, top_k=0, lr=3e-4,
+        max_prompt_length=128, max_completion_length=32, temperature=1.0, top_k=0, top_p=1.0,
+        lr=3e-4,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=64, lora_rank=0,
         eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, latent_steps=8,
         latent_tau=0.5),
@@ -166,6 +167,7 @@ PRESETS["llama-3.2-3b"] = PRESETS["paper"] | dict(
 NEEDS_OLD_LOGPROBS = True  # tokens have a ratio, which several updates per rollout need
 PLAIN = {"latent_steps": 0, "until_marker": False}  # the Config values that switch the method off
 METHOD_METRICS = ("mixture_size", "survivors", "top_is_shown")
+LATENT_GRADS = ("soft", "token", "concrete", "gumbel", "none")  # see latent_logprob
 
 
 def gumbel_softmax_scores(
@@ -197,13 +199,13 @@ def latent_logprob(u, logprobs, tau, kind):
     u is constant; logprobs = log pi of the same ids over the *full* vocabulary V, with gradient. n
     is the size of S, where u is finite. Each kind with its gradient for the logits:
     soft      sum_k z_k log pi_k; z - pi. The mixture is the label of a cross-entropy: LEPO [fig.].
-              Little noise; too small, since z shares the credit among all that is mixed.
-    concrete  (log density of z) / n; (1 - n q) / n on S, q = softmax_S(logprobs - u). 1/n of the
-              exact score. Undivided its noise grows like n: most of it is about S's inside.
-    gumbel    (log density of u) / n; (v - pi_S sum v) / n, v = 1 - exp(-g). SofT-GRPO [code].
-              Also 1/n of an exact score; concrete is its mean given z, so this has more noise.
+              Little noise; its mean is too small, for z shares the credit among all that is mixed.
     token     log pi_i, i = argmax u; e_i - pi. REINFORCE as if token i alone had been fed, the
               limit of soft for tau -> 0. Blind to the rest of the mixture.
+    concrete  (log density of z) / n; (1 - n q) / n on S, q = softmax_S(logprobs - u). 1/n of the
+              exact score. Undivided, its noise grows like n: where inside the mixture g fell.
+    gumbel    (log density of u) / n; (v - pi_S sum v) / n, v = 1 - exp(-g): as SofT-GRPO's code.
+              Also 1/n of an exact score; concrete is its mean given z, so this has more noise.
     none      0. Latent steps are not trained, only tokens learn, from what the noise brought:
               the ablation that shows what a latent gradient is worth.
     """
@@ -218,6 +220,7 @@ def latent_logprob(u, logprobs, tau, kind):
     if kind == "concrete":
         normaliser = torch.logsumexp((logprobs - u).masked_fill(~kept, -math.inf), -1)
         return (logprobs * kept).sum(-1) / n - normaliser
+    assert kind == "gumbel", kind
     inside = torch.logsumexp(logprobs.masked_fill(~kept, -math.inf), -1, keepdim=True)
     g = (u - logprobs + inside).masked_fill(~kept, math.inf)  # exp(-inf) = 0: nothing outside S
     return -(g.masked_fill(~kept, 0) + torch.exp(-g)).sum(-1) / n
@@ -321,12 +324,12 @@ def latent_input(policy, logits, cfg, rng, greedy):
     it is EOS, but neither fed nor scored for itself [code].
     """
     topk_ids, topk_scores = gumbel_softmax_scores(
-        logits, cfg.latent_tau, cfg.top_k, cfg.top_p, cfg.temperature, rng,
+        logits, policy.tau, cfg.top_k, cfg.top_p, cfg.temperature, rng,
         0.0 if greedy else cfg.noise_scale)  # [b, K] each
-    embeds = top_k_mixture(topk_ids, mixture_weights(topk_scores, cfg.latent_tau), policy.table)
+    embeds = top_k_mixture(topk_ids, mixture_weights(topk_scores, policy.tau), policy.table)
     logprobs = torch.log_softmax(logits / cfg.temperature, -1).gather(1, topk_ids)  # [b, K]
     ids = topk_ids.gather(1, logprobs.argmax(-1, keepdim=True))[:, 0]
-    logprobs = latent_logprob(topk_scores, logprobs, cfg.latent_tau, cfg.latent_grad)  # [b]
+    logprobs = latent_logprob(topk_scores, logprobs, policy.tau, policy.kind)  # [b]
     mask = torch.ones_like(ids, dtype=torch.bool)
     return ids, embeds, {
         "loss_mask": mask, "latent_mask": mask, "topk_ids": topk_ids, "topk_scores": topk_scores,
@@ -395,10 +398,12 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices and vectors of the language model; the method adds nothing."""
-    noise_fits = cfg.noise_scale == 1 or cfg.noise_scale == 0 and cfg.latent_grad == "soft"
-    if cfg.until_marker or not noise_fits:  # only training needs an optimizer
-        fail("--until_marker, --noise_scale: for eval.py; training wants noise_scale 1, or 0 with "
-             "--latent_grad soft")
+    if cfg.until_marker:  # refused here, since only training needs an optimizer
+        fail("--until_marker: Soft Thinking is not trained; see eval.py --mode soft_thinking")
+    no_noise = cfg.noise_scale == 0 and cfg.latent_grad == "soft" and cfg.kl_coef == 0
+    if cfg.noise_scale != 1 and not no_noise:
+        fail(f"--noise_scale {cfg.noise_scale}: is for eval.py --no-greedy; training wants 1, or 0 "
+             "with --latent_grad soft and --kl_coef 0")
     lm = [p for p in policy.lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
@@ -411,7 +416,7 @@ def method_metrics(policy, outputs, batch, cfg, step):
 
     mixture_size: 1 / sum z^2, in tokens. survivors: n. top_is_shown: is argmax u the id shown?
     """
-    size = 1 / mixture_weights(batch["topk_scores"], cfg.latent_tau).square().sum(-1)
+    size = 1 / mixture_weights(batch["topk_scores"], policy.tau).square().sum(-1)
     shown = heaviest_ids(batch) == batch["completion_ids"]
     return size, batch["topk_scores"].isfinite().sum(-1), shown.float()
 
@@ -695,7 +700,8 @@ def show(row, records, stalls, cfg, bar):
                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
     for name, bad in (("reward is 0", row["reward"] == 0),
-                      ("over 30 % are truncated", row["truncated_frac"] > 0.3)):
+                      ("over 30 % are truncated", row["truncated_frac"] > 0.3),
+                      ("no position is plain", row["latent_steps"] >= row["length"])):
         stalls[name] = stalls.get(name, 0) + 1 if bad else 0
         if stalls[name] == 10:
             warn(f"{name} for 10 steps: read samples.jsonl, check --answer_marker and the lengths")
@@ -796,8 +802,9 @@ def measure(policy, outputs, micro, cfg, step, sums, peaks):
         total = value[where].sum().item()
         if math.isfinite(total):
             sums[name] = [sums[name][0] + total, sums[name][1] + int(where.sum())]
-    gaps = {"logprob_gap": (logprobs - micro["rollout_logprobs"]).abs(),
-            "ratio_max": (logprobs - micro.get("old_logprobs", logprobs)).exp()}
+    old_logprobs = micro.get("old_logprobs", logprobs)  # before the first update of the rollout
+    gaps = {"logprob_gap": (old_logprobs - micro["rollout_logprobs"]).abs(),
+            "ratio_max": (logprobs - old_logprobs).exp()}
     for name, value in gaps.items():
         peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
 
@@ -891,7 +898,8 @@ def main(argv=None):
               f"{row['seconds']:.1f} s a step")
     elif rank == 0:
         print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
-              f"with --resume auto, or: python eval.py {out_dir}", flush=True)
+              f"with --resume auto, or: python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] >= 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
     if not saved:

@@ -26,7 +26,7 @@ TAUS, SEEDS, TOKENS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0), 4, 30
 CHUNKS, SAMPLES = 10, 200_000
 KINDS = ("soft", "token", "concrete", "gumbel")  # none is 0: no signal and no noise
 REWARDS = {"mlp": "an MLP of the mixed embedding", "pair": "needs two tokens mixed",
-           "argmax": "nearly a function of the likeliest token"}
+           "argmax": "nearly a function of the heaviest token"}
 
 
 def make_rewards(rng):
@@ -101,7 +101,7 @@ def draw(results, path):
             if column == 2:
                 panel.set_yscale("log")
             else:
-                panel.set_ylim(-0.05, 1.15)
+                panel.set_ylim(*((0.9, 1.02) if column == 0 else (-0.05, 1.15)))
     for panel in panels[-1]:
         panel.set_xlabel("tau")
     handles, labels = panels[0, 0].get_legend_handles_labels()

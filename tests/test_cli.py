@@ -163,7 +163,8 @@ def test_a_run_folder_holds_what_is_promised(method, model, tmp_path, more):
 
 
 @pytest.mark.parametrize("name, key, bad, good", [
-    ("reward is 0", "reward", 0.0, 0.5), ("30 % are truncated", "truncated_frac", 0.5, 0.1)])
+    ("reward is 0", "reward", 0.0, 0.5), ("30 % are truncated", "truncated_frac", 0.5, 0.1),
+    ("no position is plain", "latent_steps", 4.0, 3.5)])
 def test_ten_hopeless_steps_in_a_row_are_warned_of_once(method, capsys, name, key, bad, good):
     script, stalls = import_module(method), {}
     bar = SimpleNamespace(disable=True, update=lambda: None, set_postfix_str=lambda text: None)

@@ -96,7 +96,7 @@ def test_flags_change_how_a_checkpoint_is_decoded(run):
 
 def test_flags_that_do_not_fit_are_refused(run, capsys):
     for line, words in {
-            "--nonsense 1": "unrecognized arguments: --nonsense 1", "--top_k many": "--top_k",
+            "--nonsense 1": "--nonsense: is no flag of eval.py, nor of", "--top_k many": "--top_k",
             "--temperature 0": "--temperature", "--mode plain": "--mode", "--plain": "--plain",
             "--train gsm8k": "use --data", "--eval_limit 3": "use --limit", "--limit -1": "--limit",
             "--model x": "--model", "--preset paper": "own settings", "--top_p 1 x": ": x",
@@ -143,21 +143,26 @@ def test_completions_are_written_so_that_anyone_can_grade_them_again(run, tmp_pa
     assert row["accuracy"] == pytest.approx(sum(again) / 48)
     before = jsonl.read_bytes()
     with pytest.raises(SystemExit) as stop:
-        evaluate(folder, "--num_samples", 4, "--out", tmp_path / "out")
+        evaluate(folder, "--num_samples", 4, "--temperature", 1, "--out", tmp_path / "out")
     assert stop.value.code == 2 and "already has results" in capsys.readouterr().err
     assert jsonl.read_bytes() == before
+    evaluate(folder, "--num_samples", 4, "--temperature", 2, "--out", tmp_path / "out")  # a sweep
+    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 2
 
 
 def test_a_fork_of_a_script_is_evaluated_by_the_fork(run, tmp_path, monkeypatch):
     method, folder, _ = run
-    (tmp_path / "my_fork.py").write_bytes((ROOT / f"{method}.py").read_bytes())
+    name = f"my_{method}"
+    (tmp_path / f"{name}.py").write_bytes((ROOT / f"{method}.py").read_bytes())
     (tmp_path / "eval.py").touch()
     monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
     monkeypatch.syspath_prepend(tmp_path)
     fork = shutil.copytree(common.latest_checkpoint(folder) / "hf", tmp_path / "hf")
     settings = fork / "latent" / "config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "method": "my_fork"}))
-    assert evaluate(fork)[0]["script"] == "my_fork"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "method": name}))
+    assert evaluate(fork)[0]["script"] == name
+    if method == "lepo":  # a fork of the mode's script decodes in that mode too
+        assert configure(fork, "--mode", "soft_thinking")[0].METHOD == name
 
 
 def test_a_checkpoint_as_model_brings_its_method_and_preset(run, tmp_path):

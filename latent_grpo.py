@@ -57,7 +57,7 @@ class Config:
 
     # model and data
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # where values shown as (auto) come from: tiny, paper; auto = by the model
+    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
     train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
     answer_marker: str = "auto"  # text that ends the thinking and opens the answer
@@ -81,7 +81,7 @@ class Config:
     lr: float = "auto"  # AdamW learning rate of the language model
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear warm-up of all rates, then cosine to 0; -1 = a tenth of --steps
+    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
     max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
     kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
@@ -841,8 +841,9 @@ def parse_config(argv=None):
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     parser.set_defaults(**PRESETS["tiny"])
     first = parser.parse_args(argv)
+    saved = checkpoint_settings(first.model).get("preset")
     by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
-    by_model = checkpoint_settings(first.model).get("preset", by_model)
+    by_model = saved if saved in PRESETS else by_model
     preset = by_model if first.preset == "auto" else first.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
@@ -871,6 +872,8 @@ def setup_distributed(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if cfg.deterministic:
+        if device.type == "cuda" and cfg.top_p < 1:
+            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
@@ -946,7 +949,8 @@ def show(row, records, stalls, cfg, bar):
                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
     for name, bad in (("reward is 0", row["reward"] == 0),
-                      ("over 30 % are truncated", row["truncated_frac"] > 0.3)):
+                      ("over 30 % are truncated", row["truncated_frac"] > 0.3),
+                      ("no position is plain", row["latent_steps"] >= row["length"])):
         stalls[name] = stalls.get(name, 0) + 1 if bad else 0
         if stalls[name] == 10:
             warn(f"{name} for 10 steps: read samples.jsonl, check --answer_marker and the lengths")
@@ -1047,8 +1051,9 @@ def measure(policy, outputs, micro, cfg, step, sums, peaks):
         total = value[where].sum().item()
         if math.isfinite(total):
             sums[name] = [sums[name][0] + total, sums[name][1] + int(where.sum())]
-    gaps = {"logprob_gap": (logprobs - micro["rollout_logprobs"]).abs(),
-            "ratio_max": (logprobs - micro.get("old_logprobs", logprobs)).exp()}
+    old_logprobs = micro.get("old_logprobs", logprobs)  # before the first update of the rollout
+    gaps = {"logprob_gap": (old_logprobs - micro["rollout_logprobs"]).abs(),
+            "ratio_max": (logprobs - old_logprobs).exp()}
     for name, value in gaps.items():
         peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
 
@@ -1150,7 +1155,8 @@ def main(argv=None):
               f"{row['seconds']:.1f} s a step")
     elif rank == 0:
         print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
-              f"with --resume auto, or: python eval.py {out_dir}", flush=True)
+              f"with --resume auto, or: python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] >= 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
     if not saved:

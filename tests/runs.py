@@ -14,12 +14,13 @@ from conftest import METHODS, ROOT
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)  # tiny tensors; on busy cores two threads wait for each other
-OFF = {"hrpo": "--no-hybrid", "latent_grpo": "--no-latent"}  # what turns each into plain GRPO
+OFF = {"hrpo": "--no-hybrid", "lepo": "--latent_steps 0",  # what turns each into plain GRPO
+       "latent_grpo": "--no-latent"}
 assert set(OFF) == set(METHODS)
 # Flags of a script, which others may overrule; completions of a random model are mostly cut off.
 FIRST = {"latent_grpo": ["--stage", "rl", "--no-mask_invalid"]}
 QUICK = ("--preset tiny --train arithmetic:2 --device cpu --steps 4 --num_prompts 4 --group_size 4 "
-         "--max_completion_length 8 --eval_limit 8 --eval_every 2 --save_every 2 --lr 0.01 "
+         "--max_completion_length 12 --eval_limit 8 --eval_every 2 --save_every 2 --lr 0.01 "
          "--kl_coef 0.5 --warmup_steps 1")
 CLOCKED = {"seconds", "tokens_per_s_rollout", "tokens_per_s_update", "peak_mem_gib"}
 

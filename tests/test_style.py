@@ -89,7 +89,7 @@ def test_files_keep_their_size_and_width():
     files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), ROOT / "README.md"]
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
-        limit = LONGEST.get(file.name, 250 if file.parent.name == "tests" else 850)
+        limit = LONGEST.get(file.name, 250 if file.parent.name == "tests" else 930)
         assert len(lines) <= limit, f"{file.name} has {len(lines)} lines, {limit} are allowed"
         if file.suffix == ".py":
             wide = [n for n, line in enumerate(lines, 1) if len(line) > 100]

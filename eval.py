@@ -53,6 +53,7 @@ MODES = {  # name: (script that decodes, None = that of the checkpoint; its Conf
     # its released scripts sample; they also set --cold_stop_entropy 0.01 --cold_stop_length 256.
     "soft_thinking": ("lepo", dict(until_marker=True, noise_scale=0.0, temperature=0.6, top_k=10,
                                    top_p=0.95)),
+    "floor": ("latent_grpo", dict(floor=True)),  # an empty thought: what is known without one
 }
 # what is chosen anew for each evaluation
 NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_samples", "greedy"}
@@ -75,7 +76,8 @@ def parse_args(argv):
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
         "trained: as the script that trained the model decodes (default)\n"
         "explicit: with that script's latent steps off\n"
-        "soft_thinking: mixtures until the answer marker, with lepo.py"))
+        "soft_thinking: mixtures until the answer marker, with lepo.py\n"
+        "floor: the marker is given at once, only the answer is written, with latent_grpo.py"))
     parser.add_argument("--out", default="", help="folder for the JSONL and JSON files")
     flags = itertools.dropwhile(lambda word: not word.startswith("-"), argv)
     args, args.flags = parser.parse_known_args(list(flags))
@@ -123,8 +125,8 @@ def configure(name, args):
     values.update({**(script.PLAIN if changes is None else changes), **given, "lora_rank": 0})
     values.setdefault("greedy", cfg.num_samples == 1)
     cfg = dataclasses.replace(cfg, **values)
-    if dataclasses.replace(cfg, **script.PLAIN) == cfg:
-        mode = "explicit"  # trained or asked to be so
+    if mode == "trained" and dataclasses.replace(cfg, **script.PLAIN) == cfg:
+        mode = "explicit"  # it was trained so
     return script, cfg, mode, given
 
 
@@ -198,7 +200,8 @@ def parse_plot_args(argv):
     parser = argparse.ArgumentParser(
         usage="eval.py plot RUN [RUN ...] --out FILE.png [--y METRIC]", allow_abbrev=False,
         description="Curves of a metric, one for all seeds of a run; NAME-0, NAME-s1 are seeds of "
-        "NAME. Writes the numbers beside the figure, as .json, which RUN may be too.")
+        "NAME. Writes the numbers beside the figure, as .json, which RUN may be too. With the "
+        ".json files that --out wrote: pass@k.")
     parser.add_argument("runs", nargs="+", help="run folders, or .json files of such a figure")
     parser.add_argument("--y", default="", help="metric of the evaluation or else training rows "
                         "of metrics.jsonl (accuracy, or that of the .json)")
@@ -229,8 +232,17 @@ def read_curve(folder, y):
             "values": [v for _, v in points]}
 
 
+def pass_curve(row):
+    """Row that --out wrote -> the same for its pass@k, k = 1, 2, 4, ...; label: mode and flags."""
+    points = {1: row["accuracy"], **{int(k[5:]): v for k, v in row.items() if k[:5] == "pass@"}}
+    given = {k: v for k, v in row["given"].items() if k not in ("num_samples", "eval_batch")}
+    label = " ".join([Path(row["model"]).name, *settings(given)])
+    return {"run": row["model"], "label": label, "seed": row["seed"], "method": row["script"],
+            "steps": list(points), "values": [float(f"{v:.6g}") for v in points.values()]}
+
+
 def read_curves(sources, y):
-    """Run folders and .json files of figures -> (metric, list of curves)."""
+    """Run folders, .json files of figures, .json files of --out -> (metric, list of curves)."""
     runs = []
     for source in sorted(sources, key=lambda source: not source.endswith(".json")):
         if source.endswith(".json"):
@@ -238,6 +250,8 @@ def read_curves(sources, y):
                 figure = json.loads(Path(source).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 fail(f"{source}: {error}")
+            if "given" in figure:
+                figure = {"y": "pass@k", "runs": [pass_curve(figure)]}
             if "runs" not in figure or (y or figure["y"]) != figure["y"]:
                 fail(f"{source}: does not hold curves{y and ' of ' + y}")
             y, runs = figure["y"], runs + figure["runs"]
@@ -266,23 +280,29 @@ def draw_curves(y, runs, file):
             fail(f"{label}: its seeds have no step in common")
         values = [[curve[step] for curve in curves] for step in steps]
         colour, style = COLOURS[number % 7], ("-", "--", ":")[number // 7 % 3]
-        seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+        seeds = f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
         axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, linewidth=1.8,
                   marker=MARKERS[number % 7], markersize=5, markevery=max(1, len(steps) // 12),
-                  label=f"{label} ({seeds})")
+                  label=label + seeds)
         if len(curves) > 1:
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour,
                               alpha=0.18, linewidth=0)
-    axes.set_xlabel("training step", fontsize=12)
+    axes.set_xlabel("training step" if y != "pass@k" else "k, samples per problem", fontsize=12)
+    if y == "pass@k":
+        ticks = sorted({step for run in runs for step in run["steps"]})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, ticks)
     axes.set_ylabel(y.replace("_", " "), fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     widest = max(len(run["label"]) for run in runs)
+    several = len({run["label"] for run in runs}) < len(runs)
     figure.legend(loc="outside upper center", ncols=max(1, min(3, 70 // (widest + 9))),
                   fontsize=10, frameon=False,
-                  title="mean over seeds; band: lowest to highest", title_fontsize=9)
+                  title="mean over seeds; band: lowest to highest" if several else None,
+                  title_fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 

@@ -9,7 +9,7 @@ GRPO +   1. the K perturbed scores have a likelihood: a ratio for each latent st
          3. completions cut off at the limit are left out of the advantages        valid_advantages
          4. one completion of a group, a right one, trains the first step        first_token_winner
 Start    a model that can think in mixtures (Latent-SFT): supervised stage, section 2b   latent_sft
-Words    ids shown at latent steps are the likeliest ones; d = score - log-prob is a margin.
+Words    ids shown at latent steps have the best score; d = score - log-prob is a margin.
 Differs  labels are chunks of a written chain instead of a learned encoder's: docs/latent_grpo.md.
 Run      python latent_grpo.py                      # both stages, tiny model, two CPU cores
          python latent_grpo.py --stage sft          # the start alone: --stage rl --model goes on
@@ -150,6 +150,8 @@ class Config:
                              ("latent_end", "clean perturbed either")):
             if getattr(self, name) not in values.split():
                 fail(f"--{name} {getattr(self, name)}: must be one of {values}")
+        if self.sft_batch < int(os.environ.get("WORLD_SIZE", 1)):
+            fail(f"--sft_batch {self.sft_batch}: is shared out, so at least one for each rank")
         if not self.latent_tau > 0 or not 0 < self.latent_top_p <= 1:
             fail(f"--latent_tau {self.latent_tau}, --latent_top_p {self.latent_top_p}: want > 0 "
                  "and in (0, 1]")
@@ -215,14 +217,16 @@ def latent_step(logits, noise, top_k, top_p, tau):
     noise bring in tokens beyond the K likeliest. Noise None: the K likeliest, weights of eq. 1.
     """
     scores = torch.log_softmax(logits, -1)
-    if noise is not None:
-        ordered, order = scores.sort(-1, descending=True)
-        probs = ordered.exp()
+    if noise is None:
+        scores, ids = scores.topk(top_k, -1)
+    else:
+        scores, order = scores.sort(-1, descending=True)
+        probs = scores.exp()
         outside = probs.cumsum(-1) - probs >= top_p
         outside[:, :top_k] = False
-        outside = torch.zeros_like(outside).scatter(-1, order, outside)  # in the order of ids
-        scores = (scores + noise).masked_fill(outside, -math.inf)
-    scores, ids = scores.topk(top_k, -1)
+        scores = (scores + noise.gather(-1, order)).masked_fill(outside, -math.inf)
+        scores, places = scores.topk(top_k, -1)
+        ids = order.gather(-1, places)
     return ids, scores, (scores / tau).softmax(-1)
 
 
@@ -243,7 +247,7 @@ def latent_logprob(scores, logprobs, ste):
         d = torch.where(d < 0, 2 * d.detach() - d, d)  # value d, slope -1
     value = -d - torch.exp(-d)
     if ste == "released":
-        gentle = d - torch.exp(d)
+        gentle = d - torch.exp(d.clamp(max=0))
         value = torch.where(d < 0, value.detach() + (gentle - gentle.detach()), value)
     return value.mean(-1)
 
@@ -255,6 +259,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.table, self.pad_id = lm, lm.get_input_embeddings(), lm.pad_id
         self.cfg, self.top_k = cfg, min(cfg.latent_top_k, lm.num_tokens)
+        if cfg.deterministic and lm.device.type == "cuda" and cfg.latent:
+            fail("--deterministic: the nucleus of latent steps needs cumsum, which CUDA has not")
         # the first part of the marker ends the latent phase; the rest of it is ordinary text
         self.marker_ids = tokenizer(cfg.answer_marker, add_special_tokens=False)["input_ids"]
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
@@ -294,19 +300,27 @@ class Policy(nn.Module):
         kept, latent_entropy = completion_logprobs(lm, hidden, batch["topk_ids"], latent)
         return kept, logprobs, entropy + latent_entropy
 
-    def surrogate(self, kept, logprobs, batch, ste):
+    def surrogate(self, kept, logprobs, batch, ste, shift=0.0):
         """Log-probs [B, T]: latent_logprob at latent positions, those of the ids elsewhere."""
         if kept is None:
             return logprobs
         scale = self.cfg.noise_scale or 1.0  # the density is that of the noise before its scaling
-        latent = latent_logprob(batch["topk_scores"] / scale, kept / scale, ste)
+        latent = latent_logprob(batch["topk_scores"] / scale - shift, kept / scale, ste)
         return torch.where(batch["latent_mask"] & batch["loss_mask"], latent, logprobs)
 
-    def forward(self, batch):
-        """-> {"logprobs" [B, T], "plain_logprobs" [B, T], "entropy" [B, T] (nats), "kept"}.
+    def unshifted(self, kept, logprobs, batch):
+        """As surrogate, but under the density that the noise really had, for the KL term.
 
-        logprobs has the gradients of --ste, plain_logprobs (same values) those of the density.
-        kept [B, T, K]: log-probs of topk_ids, None without. Positions outside loss_mask are 0.
+        Under it the mean slope of what was drawn is 0, so that k3 is 0 at no distance and pulls
+        back elsewhere. With the shift left in, k3 would push all kept log-probs, even away.
+        """
+        return self.surrogate(kept, logprobs, batch, "none", LOW * self.cfg.one_sided)
+
+    def forward(self, batch):
+        """-> {"logprobs" [B, T], "kl_logprobs" [B, T], "entropy" [B, T] (nats), "kept"}.
+
+        logprobs is the surrogate with the slopes of --ste; kl_logprobs: see unshifted. kept
+        [B, T, K]: log-probs of topk_ids, None without. Positions outside loss_mask are 0.
         """
         with autocast(self.lm):
             kept, logprobs, entropy = self.score(self.lm, batch)
@@ -316,7 +330,8 @@ class Policy(nn.Module):
         if ste == "released":  # only where the advantage is not positive
             advantages = batch.get("advantages", torch.zeros_like(plain))
             logprobs = torch.where(advantages > 0, plain, logprobs)
-        return {"logprobs": logprobs, "plain_logprobs": plain, "entropy": entropy, "kept": kept}
+        return {"logprobs": logprobs, "kl_logprobs": self.unshifted(kept, logprobs, batch),
+                "entropy": entropy, "kept": kept}
 
 
 def start_state(num_rows, policy, cfg):
@@ -378,14 +393,14 @@ def reference_logprobs(policy, reference, batch, cfg):
     lm = policy.lm if reference is None else reference  # a copy keeps the adapters it was made with
     with nullcontext() if reference else lora_disabled(lm), autocast(lm):
         kept, logprobs, _ = policy.score(lm, batch)
-    return policy.surrogate(kept, logprobs, batch, "none")
+    return policy.unshifted(kept, logprobs, batch)
 
 
 def kl_estimate(outputs, batch):
     """k3 estimate [B, T] of KL(policy || reference): exp(d) - d - 1 >= 0, d = reference - now."""
-    # paper: KL of the distributions; released code: k3 of the surrogate, through its STE. Here k3
-    # of the plain surrogate.
-    difference = batch["ref_logprobs"] - outputs["plain_logprobs"]
+    # paper: KL of the distributions; released code: k3 of the surrogate, through its STE, clamped
+    # to 10. Here k3 under the density of the noise, without shift and STE.
+    difference = batch["ref_logprobs"] - outputs["kl_logprobs"]
     return torch.exp(difference) - difference - 1
 
 
@@ -408,6 +423,8 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices and vectors of the language model."""
+    if cfg.floor:  # only training needs an optimizer
+        fail("--floor: is a way of decoding, see eval.py --mode floor; it is not trained")
     lm = [p for p in policy.lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
@@ -419,7 +436,7 @@ def method_metrics(policy, outputs, batch, cfg, step):
     """METHOD_METRICS as values [B, T], averaged over latent positions; None with --no-latent.
 
     margin: mean d = score - log-prob over the K kept ids. crossed_frac: share of them that updates
-    pushed past their score, d < -0.001; it stays 0 with one update per rollout and one-sided noise.
+    pushed past their score, d < -0.001: with one-sided noise and one update 0, but for bfloat16.
     top_weight: largest weight of the mixture; near 1, thoughts are single tokens.
     """
     if outputs["kept"] is None:
@@ -461,8 +478,8 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
         chain = space.join(problem["steps"] or []) or problem["solution"] or ""
         answer = problem.get("teacher_answer", problem["answer"])
         chain, answer = tokenizer([chain, answer], add_special_tokens=False)["input_ids"]
-        answer = [*policy.marker_ids, *answer, tokenizer.eos_token_id]
-        fits = len(chain) + len(answer) <= cfg.max_completion_length
+        answer = [*policy.marker_ids, *answer, policy.lm.eos_ids[0]]
+        fits = len(chain) + len(answer) < cfg.max_completion_length  # also id by id
         if chain and fits and policy.marker_ids[0] not in chain:  # it would end the thought
             kept.append({**problem, "chain_ids": chain, "answer_ids": answer})
     if not kept:
@@ -546,10 +563,12 @@ def sft_gradients(policy, batch, cfg):
     sums = torch.zeros(2, dtype=torch.float64)
     for rows in micro_batches(batch, range(len(batch["lengths"])), cfg.micro_batch, cfg.max_tokens):
         micro = select_rows(batch, rows)
-        outputs, latent = policy(micro), micro["latent_mask"]
+        latent = micro["latent_mask"]
+        with autocast(policy.lm):
+            kept, logprobs, _ = policy.score(policy.lm, micro)
         weights = (micro["topk_scores"] / cfg.latent_tau).softmax(-1)
-        kl = soft_label_loss(outputs["kept"], weights, latent).sum() / cfg.sft_batch
-        ce = -outputs["logprobs"][micro["loss_mask"] & ~latent].sum() / num_answers
+        kl = soft_label_loss(kept, weights, latent).sum() / cfg.sft_batch
+        ce = -logprobs[micro["loss_mask"] & ~latent].sum() / num_answers
         (kl + ce).backward()
         sums += torch.tensor([kl.item(), ce.item()], dtype=torch.float64)
     return all_reduce(sums.tolist())
@@ -589,7 +608,7 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
         chosen = [demonstrations[i] for i in indices[rank::world_size]]
         batch = demonstrate(chosen, policy, cfg, size, noise_scale, is_digits, rng)
         kl, ce = sft_gradients(policy, batch, cfg)
-        for p in trained:  # the losses are shares of the global means, so gradients are summed
+        for p in trained if world_size > 1 else []:  # shares of the global means: to be summed
             dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
         if not math.isfinite(grad_norm):  # the same on all ranks
@@ -1112,6 +1131,8 @@ def main(argv=None):
         ddp_policy = DistributedDataParallel(
             policy, broadcast_buffers=False, find_unused_parameters=True)
 
+    if cfg.stage == "rl" and cfg.latent and state["step"] == 0 and not cfg.dry_run:
+        check_start(policy, tokenizer, eval_problems, cfg, 0)
     hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
     bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)
     result, saved, stalls, stopping = {}, True, {}, False

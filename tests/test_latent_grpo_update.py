@@ -1,12 +1,14 @@
 """Latent-GRPO's advantages, clip, KL and gradients; several updates on one rollout."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_replay import PROMPTS, build, draw, score
 from torch import nn
 
 import latent_grpo as script
-from common import add_lora, frozen_copy, select_rows
+from common import add_lora, frozen_copy, gumbel_like, select_rows
 
 torch.set_num_threads(1)
 
@@ -124,7 +126,6 @@ def test_ste_changes_gradients_after_an_update_and_never_values():
         crossed = (batch["topk_scores"] - outputs["kept"] < -1e-3)[batch["latent_mask"]]
         assert 0.01 < crossed.float().mean() < 0.9
         value[ste] = outputs["logprobs"].detach()
-        assert torch.equal(value[ste], outputs["plain_logprobs"])
         cfg.clip_eps = 1e9
         loss = (script.policy_loss(outputs, batch, cfg) * batch["weights"]).sum()
         grad[ste] = torch.cat([g.flatten() for g in grads(policy, loss).values()])
@@ -134,7 +135,7 @@ def test_ste_changes_gradients_after_an_update_and_never_values():
         assert (grad[one] - grad[two]).norm() > 0.01 * grad[one].norm()
     policy, cfg, batch = rollout(ste="paper", one_sided=False)  # two-sided: d < 0 from the start
     outputs = policy(batch)
-    assert outputs["logprobs"] is outputs["plain_logprobs"]
+    assert torch.equal(outputs["logprobs"], outputs["kl_logprobs"])
 
 
 def test_released_ste_acts_only_where_the_advantage_is_not_positive():
@@ -168,14 +169,38 @@ def test_kl_is_of_the_plain_surrogate_and_flat_at_the_reference():
     assert all(torch.equal(slope["paper"][n], slope["none"][n]) for n in slope["none"])
 
 
+def kl_score(policy, batch):
+    with torch.no_grad():
+        return policy(batch)["kl_logprobs"]
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+def test_the_kl_term_pulls_back_what_moved_and_leaves_the_rest(one_sided):
+    """Two kept components, the first 1 nat below the reference: descent must raise it alone."""
+    rng, size = torch.Generator().manual_seed(0), 400_000
+    gumbel = gumbel_like(torch.empty(size, 2), rng)
+    noise = script.one_sided_noise(gumbel) if one_sided else gumbel.clamp(-1.5, 3.0)
+    policy = SimpleNamespace(cfg=SimpleNamespace(noise_scale=0.5, one_sided=one_sided))
+    policy.surrogate = lambda *args: script.Policy.surrogate(policy, *args)
+    kept = torch.tensor([[-2.0, -1.0]]).expand(size, -1).clone().requires_grad_()
+    batch = {"topk_scores": kept.detach() + 0.5 * noise, "latent_mask": torch.ones(size).bool(),
+             "loss_mask": torch.ones(size).bool()}
+    now = script.Policy.unshifted(policy, kept, torch.zeros(size), batch)
+    batch["ref_logprobs"] = script.Policy.unshifted(
+        policy, kept.detach() + torch.tensor([1.0, 0.0]), torch.zeros(size), batch)
+    script.kl_estimate({"kl_logprobs": now}, batch).mean().backward()
+    pull = -kept.grad.sum(0)
+    assert pull[0] > 0.1 and pull[1].abs() < 0.1 * pull[0]
+
+
 def test_a_reference_is_the_copy_with_its_adapters_or_the_model_without():
     policy, cfg, batch = rollout()
-    before = score(policy, batch)
+    before = kl_score(policy, batch)
     add_lora(policy.lm, 4)
     for name, p in policy.lm.named_parameters():
         if "lora_" in name:
             nn.init.normal_(p, std=0.2)
-    moved = score(policy, batch)
+    moved = kl_score(policy, batch)
     assert not torch.allclose(moved, before)
     torch.testing.assert_close(script.reference_logprobs(policy, None, batch, cfg), before)
     reference = frozen_copy(policy.lm)

@@ -117,3 +117,16 @@ def test_without_matplotlib_one_line_says_what_to_install(runs, tmp_path, capsys
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     message = refusal(capsys, *runs, "--out", tmp_path / "a.png")
     assert "pip install matplotlib" in message
+
+
+def test_results_of_out_become_pass_at_k_curves(tmp_path):
+    row = {"model": "runs/a", "data": "d", "mode": "trained", "script": "lepo", "seed": 0,
+           "given": {"num_samples": 4, "noise_scale": 0.5}, "accuracy": 0.25, "pass@2": 0.5,
+           "pass@4": 0.75}
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    evaluation.main(["plot", str(tmp_path / "a.json"), "--out", str(tmp_path / "f.png")])
+    figure = json.loads((tmp_path / "f.json").read_text())
+    run, = figure["runs"]
+    assert figure["y"] == "pass@k" and run["label"] == "a noise_scale=0.5"
+    assert run["steps"] == [1, 2, 4] and run["values"] == [0.25, 0.5, 0.75]
+    assert (tmp_path / "f.png").stat().st_size > 5000

@@ -494,7 +494,8 @@ def group_advantages(rewards, group_size, eps=1e-4):
     """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + eps)).view(-1)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
 def compute_advantages(batch, cfg):
@@ -529,8 +530,8 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
         for record in graded:
             record["reward"] = reward(record)
         batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
-        for group, spread in enumerate(batch["rewards"].view(share, -1).std(1).tolist()):
-            (live if spread > 0 else dead).append(draw * share + group)
+        for group, values in enumerate(batch["rewards"].view(share, -1).tolist()):
+            (live if min(values) < max(values) else dead).append(draw * share + group)
         batches.append(batch)
         records += graded
         if len(live) >= share or stop_requested():
@@ -740,8 +741,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     seconds, tokens = time.time() - clock, sum(r["length"] for r in records)
     for name in ("reward", "correct", "format_ok", "length", "latent_steps", "truncated"):
         sums[name] = [sum(r[name] for r in records), len(records)]
-    spread = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size).std(1)
-    sums["zero_std_frac"] = [int((spread == 0).sum()), len(spread)]
+    groups = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)
+    sums["zero_std_frac"] = [int((groups.amax(1) == groups.amin(1)).sum()), len(groups)]
     sums["tokens_per_s_rollout"] = [tokens, rollout_seconds / world_size]
     sums["tokens_per_s_update"] = [tokens, (seconds - rollout_seconds) / world_size]
     totals = all_reduce(list(sums.values()))  # [number of means, 2]

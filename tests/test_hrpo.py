@@ -115,6 +115,12 @@ def test_advantages_are_the_closed_form(rewards, expected):
     assert two.tolist() == [0] * len(rewards) + found.tolist()
 
 
+@pytest.mark.parametrize("size", range(2, 17))
+def test_equal_rewards_have_advantages_of_exactly_zero(size):
+    for reward in (0.1, 0.2, 0.4, 1.2, 1.4, 1 / 3):  # a float32 mean of equal ones may be off
+        assert not hrpo.group_advantages(torch.full((2 * size,), reward), size).any()
+
+
 def test_k3_and_its_gradient():
     now, ref = torch.linspace(-4, 0, 9, dtype=torch.float64, requires_grad=True), torch.tensor(-2.0)
     value = hrpo.kl_estimate({"logprobs": now}, {"ref_logprobs": ref})

@@ -116,6 +116,7 @@ class Config:
     mask_invalid: bool = "auto"  # leave cut-off completions out of the advantages [eq. 9-11]
     first_token_selection: bool = "auto"  # one right completion trains the first step [eq. 18-21]
     floor: bool = False  # empty thought, the marker is given: what is known without one [ours]
+    check_start: bool = True  # measure before RL what the model can do without it [ours]
     # the supervised stage
     sft_steps: int = "auto"  # updates [ours]
     cot_steps: int = "auto"  # the first of them learn the written chain, id by id, no noise [ours]
@@ -1132,7 +1133,7 @@ def main(argv=None):
         ddp_policy = DistributedDataParallel(
             policy, broadcast_buffers=False, find_unused_parameters=True)
 
-    if cfg.stage == "rl" and cfg.latent and state["step"] == 0 and not cfg.dry_run:
+    if cfg.stage == "rl" and cfg.check_start and state["step"] == 0 and not cfg.dry_run:
         check_start(policy, tokenizer, eval_problems, cfg, 0)
     hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
     bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)

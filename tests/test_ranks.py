@@ -34,8 +34,9 @@ def one_update(method, name):
     """This rank's half of 16 rows -> change of every parameter, weights, micro-batches, metrics."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     kl_coef, max_tokens, live, optimizer = UPDATES[name]
+    every = {"mask_invalid": False} if method == "latent_grpo" else {}  # no row is left out
     module, policy, cfg = build(
-        method, kl_coef=kl_coef, micro_batch=3, max_tokens=max_tokens, max_grad_norm=1e9,
+        method, **every, kl_coef=kl_coef, micro_batch=3, max_tokens=max_tokens, max_grad_norm=1e9,
         warmup_steps=0, group_size=4, lr=1e-3, train_embeddings="embeddings" in name)
     batch = draw(module, policy, cfg, PROMPTS, 4)
     batch["rewards"] = torch.tensor([1.0, 0, 0, 0] * 4)

@@ -655,7 +655,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     batch["advantages"] = compute_advantages(batch, cfg)
     if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
         batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
-        for rows in micro_batches(batch, range(len(records)), cfg.micro_batch, cfg.max_tokens):
+        every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
             with torch.no_grad():
                 scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
             batch["old_logprobs"][rows, : scored.shape[1]] = scored
@@ -773,7 +774,8 @@ def main(argv=None):
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
               f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
     if cfg.dry_run:
-        cfg.steps, policy.eos_ids = 1, policy.eos_ids[:0]  # no completion ends before the limit
+        cfg.steps, cfg.max_extra_rollouts = 1, 0
+        policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
         for problem in problems:
             copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
             problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]

@@ -424,8 +424,8 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices and vectors of the language model."""
-    if cfg.floor:  # only training needs an optimizer
-        fail("--floor: is a way of decoding, see eval.py --mode floor; it is not trained")
+    if cfg.floor or cfg.latent and cfg.noise_scale == 0:  # only training needs an optimizer
+        fail("--floor, --noise_scale 0: are ways of decoding, for eval.py; they are not trained")
     lm = [p for p in policy.lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
@@ -530,27 +530,28 @@ def soft_label_loss(logprobs, weights, latent_mask):
 def check_start(policy, tokenizer, problems, cfg, step):
     """What RL needs from its start, on up to 256 problems -> metrics row; warns if it is missing.
 
-    Thoughts that end by themselves (exit rate), also under noise, and some right ones among 8
-    (pass@8); clearly more than without any thought (floor), or there is nothing to reinforce.
+    Thoughts that end in one marker (exit rate), under noise, and some right ones among 8 samples
+    (pass@8): clearly more than with an empty thought (floor), or there is nothing to reinforce.
     """
     rng = make_rng(policy.table.weight.device, cfg.seed, "check", step, dist.get_rank())
     modes = {"clean": dict(greedy=True, num_samples=1), "noisy": dict(greedy=False, num_samples=8),
-             "floor": dict(greedy=True, num_samples=1, floor=True)}
+             "floor": dict(greedy=False, num_samples=8, floor=True)}
     problems, configs = problems[:256], [dataclasses.replace(cfg, **m) for m in modes.values()]
     found = {name: evaluate(policy, tokenizer, problems, changed, rng)
              for name, changed in zip(modes, configs)}
-    records = {name: metrics.pop("records") for name, metrics in found.items()}
-    noisy = [any(r["correct"] for r in records["noisy"][i : i + 8])
-             for i in range(0, len(records["noisy"]), 8)]
-    row = {**found["clean"], "noisy_accuracy": found["noisy"]["accuracy"],
-           "noisy_pass@8": sum(noisy) / len(noisy), "exit_rate": found["noisy"]["format_ok"],
-           "floor_accuracy": found["floor"]["accuracy"]}
+    row = {**found["clean"], "exit_rate": found["noisy"]["format_ok"]}
+    for name in ("noisy", "floor"):
+        right = torch.tensor([r["correct"] for r in found[name]["records"]]).view(-1, 8)
+        row[f"{name}_accuracy"] = found[name]["accuracy"]
+        row[f"{name}_pass@8"] = right.any(1).float().mean().item()
+    del row["records"]
     if dist.get_rank() == 0:
         print("start of RL: " + "  ".join(f"{name} {row[name]:.3f}" for name in (
-            "accuracy", "noisy_accuracy", "noisy_pass@8", "floor_accuracy", "exit_rate")))
-        if row["exit_rate"] < 0.95 or row["noisy_pass@8"] < row["floor_accuracy"] + 0.1:
+            "accuracy", "noisy_accuracy", "floor_accuracy", "noisy_pass@8", "floor_pass@8",
+            "exit_rate")))
+        if row["exit_rate"] < 0.95 or row["noisy_pass@8"] < row["floor_pass@8"] + 0.1:
             warn("a weak start for RL: want an exit rate of 0.95 and a noisy pass@8 clearly above "
-                 "the floor (no thought); train it longer: --sft_steps")
+                 "that of the floor (no thought); a new run with more --sft_steps may have it")
     return row
 
 
@@ -642,7 +643,8 @@ def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
     if rank == 0 and row.get("kind") == "eval":
         log_rows(folder, row, [])
     if rank == 0:
-        print(f"supervised stage: done up to step {state['step']} of {cfg.steps}", flush=True)
+        print(f"supervised stage: done up to step {state['step']} of {cfg.steps}; more steps: "
+              f"--resume auto; RL from it: --stage rl --model {folder}", flush=True)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     return row
 
@@ -996,7 +998,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     batch["advantages"] = compute_advantages(batch, cfg)
     if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
         batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
-        for rows in micro_batches(batch, range(len(records)), cfg.micro_batch, cfg.max_tokens):
+        every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
             with torch.no_grad():
                 scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
             batch["old_logprobs"][rows, : scored.shape[1]] = scored
@@ -1122,7 +1125,8 @@ def main(argv=None):
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
               f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
     if cfg.dry_run:
-        cfg.steps, policy.eos_ids = 1, policy.eos_ids[:0]  # no completion ends before the limit
+        cfg.steps, cfg.max_extra_rollouts = 1, 0
+        policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
         for problem in problems:
             copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
             problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]

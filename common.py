@@ -75,6 +75,8 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     logging.disable_progress_bar()
     path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
     source = str(path) if path.is_dir() else name
+    if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
+        fail(f"--model {name}: no such folder")  # rather than ask the hub for it
     stored = dtype if lora_rank else torch.float32
     try:
         config = AutoConfig.from_pretrained(source)
@@ -220,7 +222,8 @@ def encode_prompts(tokenizer, problems, marker, max_length):
             f"this: reasoning {marker} answer")
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if marker not in tokenizer.decode(ids, skip_special_tokens=True):
-        fail(f"--answer_marker {marker}: is a special token here, which no graded text contains")
+        fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
+             "tokenizer; no graded text would contain it")
     texts = []
     for problem in problems:
         question = problem["question"].strip()

@@ -55,7 +55,7 @@ class Config:
 
     # model and data
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # where values shown as (auto) come from: tiny, paper; auto = by the model
+    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
     train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
     answer_marker: str = "auto"  # text that ends the thinking and opens the answer
@@ -79,7 +79,7 @@ class Config:
     lr: float = "auto"  # AdamW learning rate of the language model
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear warm-up of all rates, then cosine to 0; -1 = a tenth of --steps
+    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
     max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
     kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
@@ -419,11 +419,11 @@ def reward(record):
 
 
 def group_advantages(rewards, group_size, eps=1e-4):
-    """(r - group mean) / (group std + eps), std with ddof = 1; 0 if all equal.  [B] -> [B]"""
+    """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
-    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # the mean is rounded
-    centred = (groups - groups.mean(1, keepdim=True)) * differ
-    return (centred / (groups.std(1, keepdim=True) + eps)).view(-1)
+    centred = groups - groups.mean(1, keepdim=True)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
 def compute_advantages(batch, cfg):
@@ -459,7 +459,7 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
             record["reward"] = reward(record)
         batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
         for group, values in enumerate(batch["rewards"].view(share, -1).tolist()):
-            (live if max(values) > min(values) else dead).append(draw * share + group)
+            (live if min(values) < max(values) else dead).append(draw * share + group)
         batches.append(batch)
         records += graded
         if len(live) >= share or stop_requested():
@@ -521,8 +521,9 @@ def parse_config(argv=None):
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     parser.set_defaults(**PRESETS["tiny"])
     first = parser.parse_args(argv)
+    saved = checkpoint_settings(first.model).get("preset")
     by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
-    by_model = checkpoint_settings(first.model).get("preset", by_model)
+    by_model = saved if saved in PRESETS else by_model
     preset = by_model if first.preset == "auto" else first.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
@@ -551,6 +552,8 @@ def setup_distributed(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if cfg.deterministic:
+        if device.type == "cuda" and cfg.top_p < 1:
+            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
@@ -626,7 +629,8 @@ def show(row, records, stalls, cfg, bar):
                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
     for name, bad in (("reward is 0", row["reward"] == 0),
-                      ("over 30 % are truncated", row["truncated_frac"] > 0.3)):
+                      ("over 30 % are truncated", row["truncated_frac"] > 0.3),
+                      ("no position is plain", row["latent_steps"] >= row["length"])):
         stalls[name] = stalls.get(name, 0) + 1 if bad else 0
         if stalls[name] == 10:
             warn(f"{name} for 10 steps: read samples.jsonl, check --answer_marker and the lengths")
@@ -651,7 +655,8 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     batch["advantages"] = compute_advantages(batch, cfg)
     if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
         batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
-        for rows in micro_batches(batch, range(len(records)), cfg.micro_batch, cfg.max_tokens):
+        every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
             with torch.no_grad():
                 scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
             batch["old_logprobs"][rows, : scored.shape[1]] = scored
@@ -727,8 +732,9 @@ def measure(policy, outputs, micro, cfg, step, sums, peaks):
         total = value[where].sum().item()
         if math.isfinite(total):
             sums[name] = [sums[name][0] + total, sums[name][1] + int(where.sum())]
-    gaps = {"logprob_gap": (logprobs - micro["rollout_logprobs"]).abs(),
-            "ratio_max": (logprobs - micro.get("old_logprobs", logprobs)).exp()}
+    old_logprobs = micro.get("old_logprobs", logprobs)  # before the first update of the rollout
+    gaps = {"logprob_gap": (old_logprobs - micro["rollout_logprobs"]).abs(),
+            "ratio_max": (logprobs - old_logprobs).exp()}
     for name, value in gaps.items():
         peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
 
@@ -768,7 +774,8 @@ def main(argv=None):
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
               f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
     if cfg.dry_run:
-        cfg.steps, policy.eos_ids = 1, policy.eos_ids[:0]  # no completion ends before the limit
+        cfg.steps, cfg.max_extra_rollouts = 1, 0
+        policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
         for problem in problems:
             copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
             problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]
@@ -822,7 +829,8 @@ def main(argv=None):
               f"{row['seconds']:.1f} s a step")
     elif rank == 0:
         print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
-              f"with --resume auto, or: python eval.py {out_dir}", flush=True)
+              f"with --resume auto, or: python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] >= 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
     if not saved:

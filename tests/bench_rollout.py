@@ -4,7 +4,8 @@ python tests/bench_rollout.py                       # 0.5M and 4M random models
 python tests/bench_rollout.py --model FOLDER --batch 32 --new 24 --repeats 3
 
 Equal lengths: nothing ends early. Skewed lengths: every step ends with probability 4 / new, so the
-mean is about a quarter of the maximum. Prints medians over the repeats and of their ratio.
+mean is about a quarter of the maximum. Prints medians over the repeats: tokens per second, and the
+time of each variant as a multiple of its baseline's in the same repeat.
 """
 
 import argparse
@@ -22,12 +23,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_lm, make_tokenizer
 
 import hrpo
+import lepo
 from common import load_model, make_rng
 
+CUT = "--top_k 30 --top_p 0.95"  # what LEPO samples from, also when it is explicit
+VARIANTS = {  # name: (script, flags, baseline)
+    "generate": (hrpo, "--no-hybrid", "generate"),
+    "explicit": (hrpo, "--no-hybrid", "generate"),
+    "HRPO, every step hybrid": (hrpo, "--hybrid", "explicit"),
+    "explicit, top-k 30, top-p .95": (lepo, f"--latent_steps 0 {CUT}", "explicit"),
+    "LEPO, every step latent": (lepo, f"--latent_steps 9999 {CUT}",
+                                "explicit, top-k 30, top-p .95")}
 
-def time_ours(policy, prompts, cfg, seed):
+
+def time_ours(script, policy, prompts, cfg, seed):
     start = time.perf_counter()
-    batch = hrpo.rollout(policy, prompts, cfg, make_rng("cpu", seed), cfg.group_size)
+    batch = script.rollout(policy, prompts, cfg, make_rng("cpu", seed), cfg.group_size)
     return int(batch["lengths"].sum()) / (time.perf_counter() - start)
 
 
@@ -46,30 +57,29 @@ def time_generate(lm, prompts, cfg, seed):
 
 
 def compare(label, lm, tokenizer, args, skewed):
-    """One line: tokens per second of explicit and hybrid rollout and of generate, and ratios."""
+    """One line per variant: tokens per second, time against its baseline's."""
     vocabulary = lm.num_tokens
     lm.eos_ids = list(range(3, 3 + max(1, 4 * vocabulary // args.new))) if skewed else []
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, vocabulary, (args.batch // 8, args.prompt), generator=rng).tolist()
-    speeds = {"generate": [], "explicit": [], "hybrid": []}
+    speeds = {name: [] for name in VARIANTS}
     for repeat in range(args.repeats + 1):
-        for name in speeds:
-            flags = ["--preset", "tiny", "--max_completion_length", str(args.new),
-                     "--hybrid" if name == "hybrid" else "--no-hybrid"]
-            cfg = hrpo.parse_config(flags)
+        for name, (script, flags, _) in VARIANTS.items():
+            cfg = script.parse_config(["--preset", "tiny", "--max_completion_length",
+                                       str(args.new), *flags.split()])
             if name == "generate":
                 speed = time_generate(lm, prompts, cfg, repeat)
             else:
-                policy = hrpo.Policy(lm, tokenizer, cfg).eval()
-                speed = time_ours(policy, prompts, cfg, repeat)
+                policy = script.Policy(lm, tokenizer, cfg).eval()
+                speed = time_ours(script, policy, prompts, cfg, repeat)
             if repeat > 0:  # the first round only warms up
                 speeds[name].append(speed)
-    ratios = {name: statistics.median(a / b for a, b in zip(speeds[name], speeds[base]))
-              for name, base in (("explicit", "generate"), ("hybrid", "explicit"))}
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"| {label} | {'skewed' if skewed else 'equal'} | {middle['generate']:.0f} | "
-          f"{middle['explicit']:.0f} | {ratios['explicit']:.2f} | {middle['hybrid']:.0f} | "
-          f"{ratios['hybrid']:.2f} |", flush=True)
+    for name, (_, _, base) in VARIANTS.items():
+        times = [b / a for a, b in zip(speeds[name], speeds[base])]
+        spread = f"{statistics.median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
+        print(f"| {label} | {'skewed' if skewed else 'equal'} | {name} | "
+              f"{statistics.median(speeds[name]):.0f} | {'-' if name == base else spread} | "
+              f"{'-' if name == base else base} |", flush=True)
 
 
 def main():
@@ -91,8 +101,8 @@ def main():
         models = {"0.5M": (make_lm(**small), make_tokenizer()),
                   "4M": (make_lm(**large), make_tokenizer())}
     print(f"{torch.get_num_threads()} threads, batch {args.batch}, {args.new} new tokens at most")
-    print("| model | lengths | generate tok/s | ours, explicit | ratio | ours, hybrid | ratio |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | lengths | variant | tokens / s | time (lowest-highest) | times that of |")
+    print("|---|---|---|---|---|---|")
     for label, (lm, tokenizer) in models.items():
         for skewed in (False, True):
             compare(label, lm, tokenizer, args, skewed)

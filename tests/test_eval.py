@@ -30,17 +30,97 @@ def test_a_run_a_checkpoint_and_its_hf_folder_are_the_same_model(run):
     method, folder, model = run
     newest = common.latest_checkpoint(folder)
     rows = evaluate(folder, newest, newest / "hf", "--max_completion_length", 8)
-    assert [row["mode"] for row in rows] == [method] * 3
+    assert [row["mode"] for row in rows] == ["trained"] * 3
     assert rows[0]["latent_steps"] > 0
     numbers = [{k: v for k, v in row.items() if k != "model"} for row in rows]
     assert numbers[0] == numbers[1] == numbers[2]
 
 
-def test_plain_switches_the_latent_steps_off_and_other_models_have_none(run):
+def configure(name, *flags):
+    return evaluation.configure(str(name), evaluation.parse_args([str(name), *map(str, flags)]))
+
+
+def refused(capsys, *argv):
+    """The one line of an error with which eval.py refuses its arguments."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([*map(str, argv)])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error" in line
+    return line
+
+
+def test_explicit_switches_the_latent_steps_off_and_other_models_have_none(run):
     _, folder, model = run
-    own = evaluate(folder, "--plain")[0]
+    own = evaluate(folder, "--mode", "explicit")[0]
     other = evaluate(model, "--max_completion_length", 8, "--answer_marker", "</think>")[0]
-    assert own["mode"] == other["mode"] == "plain" and own["latent_steps"] == 0
+    assert own["mode"] == other["mode"] == "explicit" and own["latent_steps"] == 0
+
+
+def test_soft_thinking_decodes_the_language_model_alone(run, tmp_path, capsys):
+    _, folder, _ = run
+    bare = shutil.copytree(common.latest_checkpoint(folder) / "hf", tmp_path / "hf")
+    shutil.rmtree(bare / "latent")
+    rows = evaluate(folder, bare, "--mode", "soft_thinking", "--max_completion_length", 8,
+                    "--answer_marker", "</think>", "--max_prompt_length", 128)
+    assert [row["mode"] for row in rows] == ["soft_thinking"] * 2 and rows[0]["latent_steps"] > 0
+    assert [rows[0].pop("model"), rows[1].pop("model")] == [str(folder), str(bare)]
+    assert rows[0] == rows[1] and rows[0]["script"] == "lepo" and not capsys.readouterr().err
+    assert [rows[0][name] for name in ("temperature", "top_k", "top_p")] == [0.6, 10, 0.95]
+
+
+def test_given_flags_replace_the_mode_which_replaces_what_was_saved(run):
+    method, folder, _ = run
+    script, cfg, mode, given = configure(folder)
+    assert (script.METHOD, mode, given, cfg.lr) == (method, "trained", {}, 0.01)
+    assert cfg.greedy and cfg.num_samples == 1 and cfg.max_completion_length == 12
+    line = "--temperature 0.3 --top_p=0.5 --no-greedy --eval_batch 3"
+    given = {"temperature": 0.3, "top_p": 0.5, "greedy": False, "eval_batch": 3}
+    for mode in evaluation.MODES:
+        _, cfg, found, names = configure(folder, "--mode", mode, *line.split())
+        assert (found, names) == (mode, given) and cfg.max_completion_length == 12
+        assert {name: getattr(cfg, name) for name in given} == given
+        assert cfg.top_k == (10 if mode == "soft_thinking" else 0)
+    assert not configure(folder, "--num_samples", 4)[1].greedy
+    assert configure(folder, "--num_samples", 4, "--greedy")[1].greedy
+
+
+def test_flags_change_how_a_checkpoint_is_decoded(run):
+    method, folder, _ = run
+    row, = evaluate(folder, "--max_completion_length", 3)
+    assert row["total_length"] <= 3 and row["given"] == {"max_completion_length": 3}
+    if method == "lepo":
+        row, = evaluate(folder, "--latent_steps", 1, "--noise_scale", 0)
+        assert row["latent_steps"] == 1 and row["mode"] == "trained"
+        assert evaluate(folder, "--latent_steps", 0)[0]["mode"] == "explicit"
+
+
+def test_flags_that_do_not_fit_are_refused(run, capsys):
+    for line, words in {
+            "--nonsense 1": "--nonsense: is no flag of eval.py, nor of", "--top_k many": "--top_k",
+            "--temperature 0": "--temperature", "--mode plain": "--mode", "--plain": "--plain",
+            "--train gsm8k": "use --data", "--eval_limit 3": "use --limit", "--limit -1": "--limit",
+            "--model x": "--model", "--preset paper": "own settings", "--top_p 1 x": ": x",
+            "--mode soft_thinking --no-until_marker": "mode soft_thinking"}.items():
+        assert words in refused(capsys, run[1], *line.split())
+
+
+def test_what_a_mode_decides_is_no_flag_and_models_come_first(run, capsys):
+    method, folder, model = run
+    name, off = next(iter(import_module(method).PLAIN.items()))
+    flag = [f"--{name}"] if off is False else [f"--{name}", "4"]
+    assert "mode explicit" in refused(capsys, folder, "--mode", "explicit", *flag)
+    assert "hybrid" in refused(capsys, model, "--hybrid")
+    assert "before the flags" in refused(capsys, "--top_k", "5", folder)
+
+
+def test_ranks_and_presets_of_training_do_not_bind_an_evaluation(run, tmp_path, monkeypatch):
+    _, folder, model = run
+    hf = shutil.copytree(common.latest_checkpoint(folder) / "hf", tmp_path / "hf")
+    settings = hf / "latent" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "preset": "mine"}))
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    saved = configure(hf, "--mode", "soft_thinking")[1]
+    assert saved.max_completion_length == 12 and configure(model)[1].answer_marker == "####"
 
 
 def test_a_checkpoint_evaluates_as_its_last_row_in_metrics(run):
@@ -59,24 +139,30 @@ def test_completions_are_written_so_that_anyone_can_grade_them_again(run, tmp_pa
     records = [json.loads(line) for line in jsonl.read_text().splitlines()]
     assert len(records) == 48 and row["n"] == 12
     again = [common.is_correct(r["completion"], r["gold"], r["marker"]) for r in records]
-    assert again == [r["correct"] for r in records] and row["accuracy"] == sum(again) / 48
+    assert again == [r["correct"] for r in records]
+    assert row["accuracy"] == pytest.approx(sum(again) / 48)
     before = jsonl.read_bytes()
     with pytest.raises(SystemExit) as stop:
-        evaluate(folder, "--num_samples", 4, "--out", tmp_path / "out")
+        evaluate(folder, "--num_samples", 4, "--temperature", 1, "--out", tmp_path / "out")
     assert stop.value.code == 2 and "already has results" in capsys.readouterr().err
     assert jsonl.read_bytes() == before
+    evaluate(folder, "--num_samples", 4, "--temperature", 2, "--out", tmp_path / "out")  # a sweep
+    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 2
 
 
 def test_a_fork_of_a_script_is_evaluated_by_the_fork(run, tmp_path, monkeypatch):
     method, folder, _ = run
-    (tmp_path / "my_fork.py").write_bytes((ROOT / f"{method}.py").read_bytes())
+    name = f"my_{method}"
+    (tmp_path / f"{name}.py").write_bytes((ROOT / f"{method}.py").read_bytes())
     (tmp_path / "eval.py").touch()
     monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
     monkeypatch.syspath_prepend(tmp_path)
     fork = shutil.copytree(common.latest_checkpoint(folder) / "hf", tmp_path / "hf")
     settings = fork / "latent" / "config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "method": "my_fork"}))
-    assert evaluate(fork)[0]["mode"] == "my_fork"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "method": name}))
+    assert evaluate(fork)[0]["script"] == name
+    if method == "lepo":  # a fork of the mode's script decodes in that mode too
+        assert configure(fork, "--mode", "soft_thinking")[0].METHOD == name
 
 
 def test_a_checkpoint_as_model_brings_its_method_and_preset(run, tmp_path):
@@ -87,8 +173,8 @@ def test_a_checkpoint_as_model_brings_its_method_and_preset(run, tmp_path):
     policy = script.Policy(*common.load_model(str(folder)), cfg)
     own = {k: v.clone() for k, v in policy.state_dict().items() if not k.startswith(("lm", "tab"))}
     common.load_method(policy, str(folder), method)
-    moved = any(not v.equal(policy.state_dict()[k]) for k, v in own.items())
-    assert moved or (not own and method != "hrpo")  # it may add no weights
+    changed = [k for k, v in own.items() if not v.equal(policy.state_dict()[k])]
+    assert changed or (not own and method != "hrpo")  # the others add no parameter
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 from conftest import METHODS
+from runs import OFF
 
 
 def train(method, tmp_path, *flags):
@@ -31,9 +32,10 @@ def test_thirty_steps_on_the_default_task_raise_held_out_accuracy_by_25_points(m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["11", "12", "13"])
-@pytest.mark.parametrize("flag", ["--hybrid", "--no-hybrid"])
-def test_the_default_run_ends_above_85_percent(flag, seed, tmp_path):
-    before, after = train("hrpo", tmp_path, flag, "--seed", seed)
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_run_ends_above_85_percent(method, off, seed, tmp_path):
+    before, after = train(method, tmp_path, "--seed", seed, *(OFF[method].split() if off else ()))
     assert after >= 0.85 and after >= before + 0.25
 
 

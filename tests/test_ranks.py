@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_tokenizer
+from conftest import METHODS, make_tokenizer
 from test_replay import build, draw
 from torch.nn.parallel import DistributedDataParallel
 
-import hrpo
 from common import frozen_copy, make_rng, select_rows
 
 torch.set_num_threads(1)
@@ -27,25 +26,29 @@ UPDATES = {  # name: kl_coef, max_tokens, rows with advantage, optimizer
     "no live group": (0.0, 0, [], "sgd"),
     "AdamW, KL": (0.2, 0, range(16), "adamw"),
     "AdamW, one live group": (0.0, 0, range(12, 16), "adamw"),
+    "embeddings too, KL": (0.2, 0, range(16), "sgd"),
 }
 
 
-def one_update(kl_coef, max_tokens, live, optimizer):
+def one_update(method, name):
     """This rank's half of 16 rows -> change of every parameter, weights, micro-batches, metrics."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    _, policy, cfg = build("hrpo", kl_coef=kl_coef, micro_batch=3, max_tokens=max_tokens,
-                           max_grad_norm=1e9, warmup_steps=0, group_size=4, lr=1e-3)
-    batch = draw(hrpo, policy, cfg, PROMPTS, 4)
+    kl_coef, max_tokens, live, optimizer = UPDATES[name]
+    every = {"mask_invalid": False} if method == "latent_grpo" else {}  # no row is left out
+    module, policy, cfg = build(
+        method, **every, kl_coef=kl_coef, micro_batch=3, max_tokens=max_tokens, max_grad_norm=1e9,
+        warmup_steps=0, group_size=4, lr=1e-3, train_embeddings="embeddings" in name)
+    batch = draw(module, policy, cfg, PROMPTS, 4)
     batch["rewards"] = torch.tensor([1.0, 0, 0, 0] * 4)
     for row in set(range(16)) - set(live):
         batch["rewards"][row] = 1.0  # a group of equal rewards
     share = 16 // world_size
     batch = select_rows(batch, list(range(rank * share, (rank + 1) * share)))
-    batch["advantages"] = hrpo.compute_advantages(batch, cfg)
+    batch["advantages"] = module.compute_advantages(batch, cfg)
     reference = frozen_copy(policy.lm)
     for p in reference.parameters():
         p.data.mul_(1.1)  # so that the KL term has a gradient of some size
-    groups = [{**g, "initial_lr": g["lr"]} for g in hrpo.param_groups(policy, cfg)]
+    groups = [{**g, "initial_lr": g["lr"]} for g in module.param_groups(policy, cfg)]
     chosen = torch.optim.AdamW(groups, eps=1e-4)
     if optimizer == "sgd":
         groups = [{"params": g["params"], "initial_lr": 1.0} for g in groups]
@@ -54,25 +57,25 @@ def one_update(kl_coef, max_tokens, live, optimizer):
     ddp = DistributedDataParallel(policy, broadcast_buffers=False) if world_size > 1 else policy
     calls = []
     policy.register_forward_hook(lambda *_: calls.append(1))
-    names = ("entropy", "kl", *hrpo.METHOD_METRICS, "grad_norm", "skipped")
+    names = ("entropy", "kl", *module.METHOD_METRICS, "grad_norm", "skipped")
     sums, peaks = {n: [0.0, 0.0] for n in names}, {"ratio_max": 0.0, "logprob_gap": 0.0}
-    hrpo.update(policy, ddp, reference, chosen, batch, cfg, 0, sums, peaks)
+    module.update(policy, ddp, reference, chosen, batch, cfg, 0, sums, peaks)
     moved = {n: policy.get_parameter(n).detach() - p for n, p in before.items()}
     return {"moved": moved, "weights": batch["weights"].sum(1), "calls": len(calls),
             "lengths": batch["lengths"], "grad_norm": sums["grad_norm"]}
 
 
-def one_evaluation():
+def one_evaluation(method):
     """Greedy metrics on 7 problems, an odd number, with prompts of different lengths."""
-    _, policy, cfg = build("hrpo", eval_batch=2, answer_marker="b")
+    module, policy, cfg = build(method, eval_batch=2, answer_marker="b")
     prompts = [*PROMPTS, [1, 3], [1, 9, 9], [6, 6, 6, 6]]
     problems = [{"question": str(i), "answer": "5", "prompt_ids": p} for i, p in enumerate(prompts)]
-    return hrpo.evaluate(policy, make_tokenizer(), problems, cfg, make_rng("cpu", 0))
+    return module.evaluate(policy, make_tokenizer(), problems, cfg, make_rng("cpu", 0))
 
 
 def everything():
-    found = {name: one_update(*setting) for name, setting in UPDATES.items()}
-    return {**found, "evaluation": one_evaluation()}
+    found = {(method, name): one_update(method, name) for method in METHODS for name in UPDATES}
+    return {**found, **{(method, "evaluation"): one_evaluation(method) for method in METHODS}}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +99,12 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_an_update_on_two_ranks_equals_one_rank_on_the_union(name, two_ranks):
-    one, both = one_update(*UPDATES[name]), [rank[name] for rank in two_ranks]
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_on_two_ranks_equals_one_rank_on_the_union(method, name, two_ranks):
+    one, both = one_update(method, name), [rank[method, name] for rank in two_ranks]
     size = max(float(v.abs().max()) for v in one["moved"].values())
     assert (size > 1e-4) == (name != "no live group")
+    assert "embeddings" not in name or one["moved"]["lm.model.embed_tokens.weight"].any()
     for parameter, moved in one["moved"].items():
         for rank in both:
             torch.testing.assert_close(
@@ -110,27 +115,31 @@ def test_an_update_on_two_ranks_equals_one_rank_on_the_union(name, two_ranks):
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_loss_weights_count_the_completions_of_all_ranks(name, two_ranks):
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_weights_count_the_completions_of_all_ranks(method, name, two_ranks):
     for rank in two_ranks:
-        torch.testing.assert_close(rank[name]["weights"], torch.full((8,), 1 / 16))
-    lengths = [rank[name]["lengths"] for rank in two_ranks]
+        torch.testing.assert_close(rank[method, name]["weights"], torch.full((8,), 1 / 16))
+    lengths = [rank[method, name]["lengths"] for rank in two_ranks]
     assert lengths[0].sum() != lengths[1].sum()  # a token mean would weigh ranks differently
 
 
-def test_rows_without_advantage_are_skipped_by_as_many_as_all_ranks_can(two_ranks):
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_advantage_are_skipped_by_as_many_as_all_ranks_can(method, two_ranks):
     for name, calls in {"all rows, no KL": 3, "one live group against two": None,
                         "two live groups on rank 0, none on rank 1": 3, "no live group": 0,
                         "AdamW, one live group": 2}.items():
-        assert calls is None or [rank[name]["calls"] for rank in two_ranks] == [calls, calls]
-    unequal = [rank["all rows, KL, unequal numbers of micro-batches"]["calls"]
+        found = [rank[method, name]["calls"] for rank in two_ranks]
+        assert calls is None or found == [calls, calls]
+    unequal = [rank[method, "all rows, KL, unequal numbers of micro-batches"]["calls"]
                for rank in two_ranks]
     assert unequal[0] != unequal[1]
 
 
-def test_evaluation_is_the_same_on_one_and_on_two_ranks(two_ranks):
-    one = one_evaluation()
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_is_the_same_on_one_and_on_two_ranks(method, two_ranks):
+    one = one_evaluation(method)
     for rank in two_ranks:
-        found = dict(rank["evaluation"])
+        found = dict(rank[method, "evaluation"])
         assert found.pop("records") == one["records"]
         assert found == pytest.approx({k: v for k, v in one.items() if k != "records"})
     assert [r["index"] for r in one["records"]] == list(range(7)) and one["n"] == 7

@@ -61,4 +61,4 @@ def test_train_resume_and_evaluate(tmp_path):
     assert all(row["kl"] is not None and row["kl"] >= 0 for row in rows if row["kind"] == "train")
     table = evaluation.main([str(tmp_path / "run"), FOLDER, "--data", DATA, "--limit", "2",
                              "--max_completion_length", "8", "--answer_marker", "####"])
-    assert [row["mode"] for row in table] == ["hrpo", "plain"]
+    assert [row["mode"] for row in table] == ["trained", "explicit"]

@@ -12,8 +12,10 @@ from common import lm_logits, make_rng, select_rows
 
 torch.set_num_threads(1)  # models this small lose a factor of ten to thread switching
 CHANGES = {  # strong mixing, so that an error in it is visible
-    "hrpo": dict(r_min=0.2, r_max=0.9),
+    "hrpo": dict(r_min=0.2, r_max=0.9), "lepo": dict(latent_steps=5, latent_tau=0.7),
+    "latent_grpo": dict(latent_top_k=4, latent_tau=2.0),
     "hyrea": dict(latents_per_step=1, latent_rms=False)}
+BY_MARKER = ["hrpo"]  # methods whose thinking ends at the marker in the decoded text
 EOS = (2, 5, 8, 11)  # ids that end a completion; a random model hits one of them soon
 HASHES = ["#", "##", "###", "a#", "#b", "##c", "d", "e", " "]
 PROMPTS = [[1, 4, 6], [1, 6, 7, 12, 9, 10, 13, 3], [4], [1, 17, 17, 17, 17, 12]]
@@ -71,31 +73,75 @@ def gradients(module, policy, cfg, batch, micro_batch=8, max_tokens=0):
     return found, sums
 
 
-def hrpo_input(policy, cfg, ids, logits, record):
-    """The specification's next input, in float64 and one row: -> input, soft token, thinking."""
+def survivors(logits, cfg):
+    """Ids, likeliest first, that top-k and top-p leave, and the log-probs that they share out."""
+    order = logits.argsort(descending=True)[: cfg.top_k or len(logits)].tolist()
+    p = (logits.double() / cfg.temperature)[order].softmax(0)
+    kept = sum(float(p[:k].sum()) < cfg.top_p for k in range(len(p)))  # mass of the likelier ones
+    return order[:kept], (p[:kept] / p[:kept].sum()).log()
+
+
+def hrpo_input(policy, cfg, logits, ids, step, last, noise):
+    """The specification's next input, in float64 and one row; `step` is what was recorded."""
     gate, E = policy.gate, policy.table.weight.detach().double()
-    logits, e = logits.double() / cfg.temperature, E[ids[-1]]
-    if cfg.top_k:
-        logits[logits < logits.sort(descending=True).values[cfg.top_k - 1]] = -torch.inf
-    p = logits.exp() / logits.exp().sum()
-    s = sum(p[v] * E[v] for v in range(len(p))) / (p * p).sum().sqrt()
+    kept, log_p = survivors(logits, cfg)
+    e, p = E[ids[-1]], log_p.exp()
+    s = sum(x * E[v] for x, v in zip(p, kept)) / (p * p).sum().sqrt()
     W_r, b_r, W_i, b_i, Lambda = (
         x.detach().double() for x in (gate.gate_r.weight, gate.gate_r.bias, gate.gate_i.weight,
                                       gate.gate_i.bias, gate.Lambda))
     r, i = 1 / (1 + (-(W_r @ e + b_r)).exp()), 1 / (1 + (-(W_i @ e + b_i)).exp())
     a = (-8 * (1 + (-Lambda).exp()).log() * r).exp()
     thinking = cfg.answer_marker not in policy.marker.tokenizer.decode(ids)
-    return a * e + (1 - a * a + 1e-8).sqrt() * i * s if thinking else e, s, thinking
+    assert bool(step["latent_mask"]) == (thinking and not last)  # nothing reads the last input
+    torch.testing.assert_close(step["soft_embeds"], s.float(), rtol=1e-5, atol=1e-5)
+    return a * e + (1 - a * a + 1e-8).sqrt() * i * s if thinking else e
 
 
-def hyrea_input(policy, cfg, ids, logits, record):
-    """-> the last hidden state in the c slots after <start-latent>, else the token; latent."""
+def lepo_input(policy, cfg, logits, ids, step, last, noise):
+    """z @ E with z = softmax((log pi + g) / tau); the candidates are also those recorded."""
+    E, stored = policy.table.weight.detach().double(), step["topk_scores"]
+    assert bool(step["latent_mask"]) == (len(ids) <= cfg.latent_steps)  # it decides the score too
+    if len(ids) > cfg.latent_steps:
+        assert stored.tolist() == [0.0] + [-torch.inf] * (len(stored) - 1)
+        assert step["topk_ids"][0] == ids[-1] and noise is None
+        return E[ids[-1]]
+    kept, log_pi = survivors(logits, cfg)
+    assert ids[-1] == kept[0]  # shown: the likeliest, without noise
+    place = {v: k for k, v in enumerate(step["topk_ids"].tolist()) if stored[k] > -torch.inf}
+    assert set(place) == set(kept) and len(stored) == cfg.top_k
+    u = torch.stack([x + noise[place[v]] for v, x in zip(kept, log_pi)])
+    torch.testing.assert_close(
+        stored[[place[v] for v in kept]], u.float(), rtol=1e-5, atol=1e-5)
+    weights = (stored.double() / cfg.latent_tau).exp()
+    return sum(z * E[v] for z, v in zip(weights / weights.sum(), step["topk_ids"]))
+
+
+def latent_grpo_input(policy, cfg, logits, ids, step, last, noise):
+    """The mixture from the recorded scores, which are checked against the logits."""
+    latent = policy.marker_ids[0] not in ids and ids[-1] not in EOS
+    assert bool(step["latent_mask"]) == (latent and not last)
+    E, logits = policy.table.weight.detach().double(), logits.double()
+    if not latent or len(ids) == cfg.max_completion_length:
+        assert not step["topk_scores"].any() or latent
+        return E[ids[-1]]
+    kept, scores = step["topk_ids"].tolist(), step["topk_scores"].double()
+    margins = scores - (logits - logits.exp().sum().log())[kept]
+    assert len(set(kept)) == 4 and -1e-5 <= margins.min() <= margins.max() <= 4.5 + 1e-5
+    w = (scores / cfg.latent_tau).exp()
+    return sum(x * E[i] for x, i in zip(w / w.sum(), kept))
+
+
+def hyrea_input(policy, cfg, logits, ids, step, last, noise):
+    """The last hidden state in the c slots after <start-latent>, else the token."""
     latent = policy.start_id in ids[-1 - cfg.latents_per_step : -1]
     assert latent == (ids[-1] == policy.latent_id)
-    return record["hidden"] if latent else policy.table.weight.detach()[ids[-1]], None, latent
+    assert bool(step["latent_mask"]) == (latent and not last)
+    return step["hidden"] if latent else policy.table.weight.detach()[ids[-1]]
 
 
-NAIVE_INPUT = {"hrpo": hrpo_input, "hyrea": hyrea_input}
+NAIVE_INPUT = {"hrpo": hrpo_input, "lepo": lepo_input, "latent_grpo": latent_grpo_input,
+               "hyrea": hyrea_input}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -122,8 +168,12 @@ def test_update_recomputes_the_logits_and_logprobs_of_the_rollout(method, kind, 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind):
-    module, policy, cfg = build(method, kind, temperature=0.7, top_k=9, max_completion_length=9)
+def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind, monkeypatch):
+    module, policy, cfg = build(
+        method, kind, temperature=0.7, top_k=9, top_p=0.9, max_completion_length=9)
+    noise, original = [], getattr(module, "gumbel_like", None)  # one call a latent step
+    monkeypatch.setattr(module, "gumbel_like", lambda x, rng: noise.append(original(x, rng))
+                        or noise[-1], raising=False)
     batch = draw(module, policy, cfg, group_size=2)
     with torch.no_grad():
         hidden = policy.hidden(batch)
@@ -134,14 +184,12 @@ def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind
                 states = policy.lm.base_model(inputs_embeds=torch.stack(inputs)[None])[0][0, -1]
                 torch.testing.assert_close(hidden[row, t], states, rtol=1e-5, atol=1e-5)
                 logits = (policy.lm.get_output_embeddings().weight @ states)[: policy.lm.num_tokens]
-                record = {n: v[row, t] for n, v in batch.items() if v.dim() == 3}
-                record["hidden"] = states
-                x, s, latent = NAIVE_INPUT[method](policy, cfg, ids[: t + 1], logits, record)
-                inputs.append(x.float())
-                assert bool(batch["latent_mask"][row, t]) == (latent and t + 1 < length)
-                if "soft_embeds" in batch:
-                    torch.testing.assert_close(
-                        batch["soft_embeds"][row, t], s.float(), rtol=1e-5, atol=1e-5)
+                step = {n: v[row, t] for n, v in batch.items() if v.dim() > 1 and "prompt" not in n}
+                step["hidden"] = states
+                place = int((batch["lengths"][:row] > t).sum())  # among the rows alive at t
+                g = noise[t][place].double() if t < len(noise) else None
+                inputs.append(NAIVE_INPUT[method](
+                    policy, cfg, logits, ids[: t + 1], step, t + 1 == length, g).float())
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -169,8 +217,9 @@ def test_nothing_after_eos_changes_logprobs_loss_or_gradients(method):
     other = {n: v.clone() for n, v in batch.items()}
     other["completion_ids"][dead] = torch.randint(29, (int(dead.sum()),), generator=rng)
     other["latent_mask"][dead] = True
-    for name in set(batch) & {"soft_embeds", "topk_scores"}:
-        other[name][dead] = 9.0
+    for name, value in {"soft_embeds": 9.0, "topk_ids": 3, "topk_scores": 0.5}.items():
+        if name in batch:
+            other[name][dead] = value
     torch.testing.assert_close(score(policy, other), score(policy, batch), rtol=0, atol=1e-7)
     one, _ = gradients(module, policy, cfg, batch)
     two, _ = gradients(module, policy, cfg, other)
@@ -179,7 +228,7 @@ def test_nothing_after_eos_changes_logprobs_loss_or_gradients(method):
 
 
 @pytest.mark.parametrize("marker", ["##", "####", "#"])
-@pytest.mark.parametrize("method", ["hrpo"])
+@pytest.mark.parametrize("method", BY_MARKER)
 def test_latent_positions_are_those_before_the_marker_in_the_decoded_text(method, marker):
     tokenizer = hash_tokenizer()
     module, policy, cfg = build(method, tokenizer=tokenizer, answer_marker=marker, eos=(2, 8, 11),
@@ -200,7 +249,7 @@ def test_latent_positions_are_those_before_the_marker_in_the_decoded_text(method
     assert switches > 5 and dropped_before > 5 and (split > 5 or marker == "#")
 
 
-@pytest.mark.parametrize("method", ["hrpo"])
+@pytest.mark.parametrize("method", BY_MARKER)
 def test_a_marker_in_the_prompt_does_not_end_the_thinking(method):
     module, policy, cfg = build(method, answer_marker="####", eos=(2,))
     batch = draw(module, policy, cfg, [[1, 17, 17, 17, 17], [17, 17, 17]], greedy=True)

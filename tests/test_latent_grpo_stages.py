@@ -1,0 +1,218 @@
+"""The supervised stage: labels, loss, its files, and runs through both stages, resumed anywhere."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, make_tokenizer
+from runs import differences, flags, launch, rows, train
+from safetensors.torch import load_file
+from test_replay import build
+from torch.nn import functional as F
+
+import common
+import latent_grpo as script
+from common import make_rng, select_rows
+
+torch.set_num_threads(1)
+SHORT = "--sft_steps 4 --sft_batch 8 --sft_save_every 2 --sft_lr 0.01 --max_completion_length 16"
+PROBLEM = {"question": "1", "steps": None, "solution": None, "answer": "7"}
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    load = common.load_problems
+    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
+        spec, split, limit or 24))
+
+
+def demonstrations(policy, cfg, tokenizer, spec="arithmetic-verbose:1-3", limit=6):
+    problems = common.encode_prompts(
+        tokenizer, common.load_problems(spec, "train", limit), cfg.answer_marker, 99)
+    return script.read_demonstrations(problems, tokenizer, policy, cfg)
+
+
+def built(**changes):
+    tokenizer = make_tokenizer()
+    _, policy, cfg = build("latent_grpo", tokenizer=tokenizer, answer_marker="</think>",
+                           latent_tau=1.0, max_completion_length=40, **changes)
+    return policy, cfg, tokenizer
+
+
+@pytest.mark.parametrize("text, size, chunks", [
+    ("+8=1-6=5", 2, ["+8", "=1", "-6", "=5"]), ("18+2", 2, ["1", "8+", "2"]),
+    ("12=3", 3, ["1", "2=", "3"]), ("+18=4", 2, ["+1", "8=", "4"]), ("+8=1", 1, list("+8=1")),
+    ("a+b", 2, ["a+", "b"])])
+def test_chunks_never_hold_two_digits_side_by_side(text, size, chunks):
+    tokenizer = make_tokenizer()
+    is_digits = [tokenizer.decode([i]).isdigit() for i in range(len(tokenizer))]
+    found = script.chunk_labels(tokenizer(text)["input_ids"], size, is_digits)
+    assert [tokenizer.decode(c) for c in found] == chunks
+
+
+def test_a_demonstration_is_laid_out_like_a_rollout():
+    policy, cfg, tokenizer = built()
+    problems, is_digits = demonstrations(policy, cfg, tokenizer)
+    batch = script.demonstrate(problems, policy, cfg, 2, 0.0, is_digits, make_rng("cpu", 0))
+    for row, problem in enumerate(problems):
+        latents, length = 2 * len(problem["steps"]), int(batch["lengths"][row])
+        assert int(batch["latent_mask"][row].sum()) == latents == length - 3
+        tail = tokenizer.decode(batch["completion_ids"][row, latents:length])
+        assert tail == f"</think>{problem['teacher_answer']}<eos>"
+        embeds = policy.completion_embeds(batch)[row]
+        pairs = policy.table(torch.tensor(problem["chain_ids"])).view(latents, 2, -1)
+        torch.testing.assert_close(embeds[:latents], pairs.mean(1))
+    noisy = script.demonstrate(problems, policy, cfg, 2, 1.0, is_digits, make_rng("cpu", 0))
+    gap = (noisy["topk_scores"] - batch["topk_scores"])[batch["latent_mask"]]
+    assert gap.min() >= -1.5 - 1e-5 and gap.max() <= 3 + 1e-5 and gap.std() > 0.5
+    assert torch.equal(noisy["topk_ids"], batch["topk_ids"])
+
+
+def test_loss_of_single_ids_without_noise_is_the_cross_entropy_of_the_chain():
+    policy, cfg, tokenizer = built()
+    problems, is_digits = demonstrations(policy, cfg, tokenizer)
+    batch = script.demonstrate(problems, policy, cfg, 1, 0.0, is_digits, make_rng("cpu", 0))
+    outputs = policy(batch)
+    weights = batch["topk_scores"].softmax(-1)
+    kl = script.soft_label_loss(outputs["kept"], weights, batch["latent_mask"])
+    for row, problem in enumerate(problems):
+        ids = problem["prompt_ids"] + problem["chain_ids"] + problem["answer_ids"]
+        logits = policy.lm(input_ids=torch.tensor([ids])).logits[0, :-1, : policy.lm.num_tokens]
+        losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        start, middle = len(problem["prompt_ids"]) - 1, -len(problem["answer_ids"])
+        torch.testing.assert_close(kl[row], losses[start:middle].mean(), rtol=1e-5, atol=1e-5)
+        answers = batch["completion_mask"][row] & ~batch["latent_mask"][row]
+        torch.testing.assert_close(-outputs["logprobs"][row][answers], losses[middle:],
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_soft_label_loss_is_the_forward_kl_with_a_flat_optimum_and_does_not_mix_rows():
+    weights = torch.tensor([[[0.5, 0.5], [0.9, 0.1], [1.0, 0.0]]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    logits = weights.clamp(min=1e-9).log().requires_grad_()
+    loss = script.soft_label_loss(torch.log_softmax(logits, -1), weights, mask)
+    assert loss.shape == (1,) and abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss.sum(), logits)[0].abs().max() < 1e-12
+    policy, cfg, tokenizer = built()
+    problems, is_digits = demonstrations(policy, cfg, tokenizer)
+    batch = script.demonstrate(problems, policy, cfg, 2, 1.0, is_digits, make_rng("cpu", 0))
+    found = []
+    for part in (batch, *(select_rows(batch, [row]) for row in range(6))):
+        weights = part["topk_scores"].softmax(-1)
+        found.append(script.soft_label_loss(policy(part)["kept"], weights, part["latent_mask"]))
+    torch.testing.assert_close(found[0], torch.cat(found[1:]), rtol=1e-5, atol=1e-5)
+
+
+def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(capsys):
+    policy, cfg, tokenizer = built()
+    chains = [{"solution": "1+2"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
+              {"solution": "1" * 50}]
+    problems = [{**PROBLEM, **c, "prompt_ids": [1]} for c in chains]
+    kept, _ = script.read_demonstrations(problems, tokenizer, policy, cfg)
+    assert [tokenizer.decode(p["chain_ids"]) for p in kept] == ["1+2", "1 2"]  # real data: spaces
+    assert "3 of 5 problems demonstrate nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.read_demonstrations(problems[2:3], tokenizer, policy, cfg)
+    assert "--stage rl" in capsys.readouterr().err
+
+
+def test_a_supervised_run_stopped_and_resumed_is_the_uninterrupted_one(model, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = f"--stage sft --cot_steps 1 {SHORT}"
+    result = train("latent_grpo", flags(model, whole, more))
+    assert {"exit_rate", "noisy_pass@8", "floor_accuracy", "accuracy"} <= set(result)
+    train("latent_grpo", flags(model, parts, f"{more} --stop_after 3"))
+    state = torch.load(parts / "step_000003" / "trainer.pt", weights_only=True)
+    assert (state["stage"], state["step"]) == ("sft", 3)
+    assert train("latent_grpo", flags(model, parts, f"{more} --resume auto")) == result
+    assert differences(whole / "step_000004", parts / "step_000004") == []
+    assert rows(whole, "eval") == rows(parts, "eval")
+
+
+def test_two_ranks_learn_what_one_does(model, tmp_path):
+    """Without noise, which ranks draw apart, the weights agree to rounding."""
+    more = f"--stage sft --sft_noise 0 --eval_limit 4 {SHORT}"
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        job = launch(ROOT / "latent_grpo.py", flags(model, out, more), tmp_path / "log", ranks)
+        assert job.wait(120) == 0, (tmp_path / "log").read_text()
+        found.append(load_file(out / "step_000004" / "hf" / "model.safetensors"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=0, atol=1e-4)
+
+
+def stopping(monkeypatch, call):
+    """A stop signal arrives during the given call of an update, counted over both stages."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_and_signal(*args):
+        calls.append(0)
+        if len(calls) == call:
+            script.SIGNALS.append(15)
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
+
+
+@pytest.mark.parametrize("call", [2, 3, 4, 6])
+@pytest.mark.parametrize("lora", ["", "--lora_rank 2"])
+def test_a_run_of_both_stages_resumes_in_either(model, tmp_path, monkeypatch, call, lora):
+    monkeypatch.setattr(script, "reward", lambda record: float(record["length"] % 2))
+    more = f"--stage all {SHORT} --minibatches 2 --update_epochs 1 {lora} --lr 0.003"
+    result = train("latent_grpo", flags(model, tmp_path / "whole", more))
+    with monkeypatch.context() as patch:
+        stopping(patch, call)
+        assert train("latent_grpo", flags(model, tmp_path / "parts", more)) == 143
+    assert train("latent_grpo", flags(model, tmp_path / "parts", f"{more} --resume auto")) == result
+    for folder in ("sft/step_000004", "step_000004"):
+        assert differences(tmp_path / "whole" / folder, tmp_path / "parts" / folder) == []
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    trained = rows(tmp_path / "whole", "train")
+    assert trained[-1]["kl"] > 0 and trained[0]["latent_steps"] > 0
+
+
+@pytest.mark.parametrize("lora", ["", "--lora_rank 2"])
+def test_the_reference_after_both_stages_is_the_saved_supervised_model(
+        model, tmp_path, monkeypatch, lora):
+    make, seen = script.frozen_copy, []
+    monkeypatch.setattr(script, "frozen_copy", lambda lm: seen.append(make(lm)) or seen[-1])
+    more = f"--stage all {SHORT} {lora}"
+    train("latent_grpo", flags(model, tmp_path / "run", f"{more} --stop_after 3"))
+    train("latent_grpo", flags(model, tmp_path / "run", f"{more} --resume auto"))
+    saved, _ = common.load_model(str(tmp_path / "run" / "sft"))
+    first, _ = common.load_model(model)
+    assert len(seen) == 2
+    for reference in seen:
+        state = common.merged_state_dict(reference)
+        for name, value in saved.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-6)
+    moved = [not torch.equal(v, saved.state_dict()[n]) for n, v in first.state_dict().items()]
+    assert any(moved)
+    config = json.loads((tmp_path / "run/step_000004/hf/latent/config.json").read_text())
+    assert config["start_sha"] != config["model_sha"]
+
+
+def test_the_supervised_model_goes_on_with_rl_and_knows_its_preset(model, tmp_path):
+    train("latent_grpo", flags(model, tmp_path / "start", f"--stage sft {SHORT}"))
+    cfg = script.parse_config(["--model", str(tmp_path / "start")])
+    assert cfg.preset == "tiny" and cfg.train == "arithmetic-verbose"
+    result = train("latent_grpo", flags(tmp_path / "start", tmp_path / "rl", "--stage rl"))
+    assert result["n"] == 8
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--stage both", "--stage both sft rl all"), ("--ste biased", "--ste paper released none"),
+    ("--latent_end never", "--latent_end clean"), ("--latent_tau 0", "--latent_tau 0.0"),
+    ("--latent_end clean --latent_top_k 1", "--latent_top_k 2")])
+def test_wrong_settings_are_refused(model, tmp_path, capsys, more, words):
+    assert train("latent_grpo", flags(model, tmp_path / "run", more)) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words.split())
+
+
+@pytest.mark.parametrize("ours, baseline", [("tiny", "soft_grpo"), ("paper", "soft_grpo_paper")])
+def test_presets_of_the_baseline_differ_in_the_three_devices_and_the_rate(ours, baseline):
+    off = {"one_sided": False, "mask_invalid": False, "first_token_selection": False}
+    lr = script.PRESETS[baseline]["lr"]
+    assert script.PRESETS[baseline] == {**script.PRESETS[ours], **off, "lr": lr}

@@ -1,0 +1,249 @@
+"""Latent-GRPO's advantages, clip, KL and gradients; several updates on one rollout."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_replay import PROMPTS, build, draw, score
+from torch import nn
+
+import latent_grpo as script
+from common import add_lora, frozen_copy, gumbel_like, select_rows
+
+torch.set_num_threads(1)
+
+
+def rollout(group_size=4, **changes):
+    """-> policy, cfg, batch with rewards (the first two of a group are right) and advantages."""
+    _, policy, cfg = build("latent_grpo", **{"kl_coef": 0.0, **changes})
+    cfg.group_size = group_size
+    batch = draw(script, policy, cfg, group_size=group_size)
+    batch["rewards"] = (torch.arange(len(batch["lengths"])) % group_size < 2).float()
+    batch["advantages"] = script.compute_advantages(batch, cfg)
+    batch["weights"] = script.loss_weights(batch, cfg)
+    return policy, cfg, batch
+
+
+def grads(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def shift(policy, scale=0.3):
+    """Move the policy, as earlier updates of the same rollout would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in policy.lm.model.layers.parameters():
+            p += scale * torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("rewards, valid, expected", [
+    ([1, 1, 0, 1], [1, 1, 1, 0], [0.5773, 0.5773, -1.1547, 0]),  # the specification's example
+    ([1, 1, 0, 0], [1, 1, 1, 0], [0.5773, 0.5773, -1.1547, 0]),  # whatever the invalid one got
+    ([1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]),  # one valid: nothing to compare it with
+    ([1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]), ([1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]),
+    ([1, 0, 0, 0], [1, 1, 1, 1], [1.4997, -0.4999, -0.4999, -0.4999])])
+def test_advantages_are_those_of_the_valid_completions(rewards, valid, expected):
+    rewards, valid = torch.tensor(rewards).float(), torch.tensor(valid).bool()
+    found = script.valid_advantages(rewards, valid)
+    assert found.tolist() == pytest.approx(expected, abs=2e-4)
+    assert (found[~valid] == 0).all() and abs(found.sum()) < 1e-6
+
+
+def test_the_winner_is_the_best_scored_right_and_valid_completion():
+    scores = torch.tensor([-1.0, -2.0, -2.0, -0.1])
+    right, valid = torch.tensor([0, 1, 1, 1]).bool(), torch.tensor([1, 1, 1, 0]).bool()
+    assert script.first_token_winner(scores, right, valid) == 1  # the first of equals
+    assert script.first_token_winner(scores.flip(0), right.flip(0), valid.flip(0)) == 1
+    assert script.first_token_winner(scores, right, ~valid) == 3
+    assert script.first_token_winner(scores, ~right, valid) == 0
+    assert script.first_token_winner(scores, right & ~right, valid) is None
+
+
+def test_only_the_winner_keeps_the_advantage_of_its_first_position():
+    policy, cfg, batch = rollout(max_completion_length=14)
+    mask, lengths, A = batch["loss_mask"], batch["lengths"], batch["advantages"]
+    assert A.shape == mask.shape and (A[~mask] == 0).all()
+    cfg.first_token_selection = False
+    whole = script.compute_advantages(batch, cfg)
+    assert torch.equal(A[:, 1:], whole[:, 1:])
+    winners = 0
+    for group in torch.arange(len(lengths)).view(-1, 4):
+        eligible = [r for r in group.tolist() if batch["rewards"][r] and lengths[r] < 14]
+        paths = {r: batch["rollout_logprobs"][r][mask[r]].mean()
+                 for r in eligible}
+        if not eligible:
+            assert torch.equal(A[group], whole[group])
+            continue
+        winner = max(paths, key=lambda r: paths[r])
+        winners += bool(A[winner, 0])
+        assert A[winner, 0] == whole[winner, 0]
+        assert all(A[r, 0] == 0 for r in group.tolist() if r != winner)
+    assert winners > 1
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("latent", False), ("mask_invalid", False), ("dry_run", True)])
+def test_without_the_devices_advantages_are_plain_group_advantages(flag, value):
+    _, cfg, batch = rollout(**{flag: value, "first_token_selection": False})
+    plain = script.group_advantages(batch["rewards"], 4)[:, None] * batch["loss_mask"]
+    assert torch.equal(batch["advantages"], plain)
+    assert (batch["lengths"] == cfg.max_completion_length).any()  # masking would be seen
+
+
+@pytest.mark.parametrize("ratio, advantage, slope", [
+    (1.0, 1.0, -1.0), (1.0, -1.0, 1.0), (1.3, 1.0, 0.0), (1.3, -1.0, 1.3), (0.7, 1.0, -0.7),
+    (0.7, -1.0, 0.0), (2.9, -1.0, 2.9), (3.1, -1.0, 0.0)])
+def test_clip_and_dual_clip_stop_the_gradient_where_they_must(ratio, advantage, slope):
+    cfg = script.Config(**{**script.PRESETS["tiny"], "kl_coef": 0.0})
+    logprobs = torch.zeros(1, 1, requires_grad=True)
+    batch = {"advantages": torch.tensor([[advantage]]),
+             "old_logprobs": -torch.tensor([[ratio]]).log()}
+    script.policy_loss({"logprobs": logprobs}, batch, cfg).sum().backward()
+    assert logprobs.grad.item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_on_policy_the_gradient_is_that_of_advantage_times_surrogate():
+    policy, cfg, batch = rollout()
+    outputs = policy(batch)
+    loss = (script.policy_loss(outputs, batch, cfg) * batch["weights"]).sum()
+    found = grads(policy, loss)
+    again = policy(batch)["logprobs"]
+    expected = grads(policy, -(again * batch["advantages"] * batch["weights"]).sum())
+    assert len(found) > 10 and not any("embed" in n or "lm_head" in n for n in found)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_ste_changes_gradients_after_an_update_and_never_values():
+    grad, value = {}, {}
+    for ste in ("none", "paper", "released"):
+        policy, cfg, batch = rollout(ste=ste, noise_scale=0.3)
+        batch["old_logprobs"] = score(policy, batch)
+        shift(policy)
+        outputs = policy(batch)
+        crossed = (batch["topk_scores"] - outputs["kept"] < -1e-3)[batch["latent_mask"]]
+        assert 0.01 < crossed.float().mean() < 0.9
+        value[ste] = outputs["logprobs"].detach()
+        cfg.clip_eps = 1e9
+        loss = (script.policy_loss(outputs, batch, cfg) * batch["weights"]).sum()
+        grad[ste] = torch.cat([g.flatten() for g in grads(policy, loss).values()])
+    assert torch.equal(value["none"], value["paper"])
+    assert torch.equal(value["none"], value["released"])
+    for one, two in (("none", "paper"), ("none", "released"), ("paper", "released")):
+        assert (grad[one] - grad[two]).norm() > 0.01 * grad[one].norm()
+    policy, cfg, batch = rollout(ste="paper", one_sided=False)  # two-sided: d < 0 from the start
+    outputs = policy(batch)
+    assert torch.equal(outputs["logprobs"], outputs["kl_logprobs"])
+
+
+def test_released_ste_acts_only_where_the_advantage_is_not_positive():
+    policy, cfg, batch = rollout(ste="released", noise_scale=0.3)
+    shift(policy)
+    found = {}
+    for sign in (1.0, -1.0):
+        batch["advantages"] = torch.full_like(batch["advantages"], sign)
+        for ste in ("released", "none"):
+            cfg.ste = ste
+            loss = policy(batch)["logprobs"][batch["latent_mask"]].sum()
+            found[sign, ste] = torch.cat([g.flatten() for g in grads(policy, loss).values()])
+    assert torch.equal(found[1.0, "released"], found[1.0, "none"])
+    assert not torch.allclose(found[-1.0, "released"], found[-1.0, "none"])
+
+
+def test_kl_is_of_the_plain_surrogate_and_flat_at_the_reference():
+    policy, cfg, batch = rollout(kl_coef=1.0)
+    reference = frozen_copy(policy.lm)
+    batch["ref_logprobs"] = script.reference_logprobs(policy, reference, batch, cfg)
+    at_start = script.kl_estimate(policy(batch), batch)
+    assert at_start.abs().max() < 1e-9
+    assert all(g.abs().max() < 1e-6 for g in grads(policy, at_start.sum()).values())
+    shift(policy)
+    slope = {}
+    for ste in ("paper", "none"):
+        cfg.ste = ste
+        kl = script.kl_estimate(policy(batch), batch)
+        assert (kl >= 0).all() and kl.sum() > 0 and (kl[~batch["loss_mask"]] == 0).all()
+        slope[ste] = grads(policy, kl.sum())
+    assert all(torch.equal(slope["paper"][n], slope["none"][n]) for n in slope["none"])
+
+
+def kl_score(policy, batch):
+    with torch.no_grad():
+        return policy(batch)["kl_logprobs"]
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+def test_the_kl_term_pulls_back_what_moved_and_leaves_the_rest(one_sided):
+    """Two kept components, the first 1 nat below the reference: descent must raise it alone."""
+    rng, size = torch.Generator().manual_seed(0), 400_000
+    gumbel = gumbel_like(torch.empty(size, 2), rng)
+    noise = script.one_sided_noise(gumbel) if one_sided else gumbel.clamp(-1.5, 3.0)
+    policy = SimpleNamespace(cfg=SimpleNamespace(noise_scale=0.5, one_sided=one_sided))
+    policy.surrogate = lambda *args: script.Policy.surrogate(policy, *args)
+    kept = torch.tensor([[-2.0, -1.0]]).expand(size, -1).clone().requires_grad_()
+    batch = {"topk_scores": kept.detach() + 0.5 * noise, "latent_mask": torch.ones(size).bool(),
+             "loss_mask": torch.ones(size).bool()}
+    now = script.Policy.unshifted(policy, kept, torch.zeros(size), batch)
+    batch["ref_logprobs"] = script.Policy.unshifted(
+        policy, kept.detach() + torch.tensor([1.0, 0.0]), torch.zeros(size), batch)
+    script.kl_estimate({"kl_logprobs": now}, batch).mean().backward()
+    pull = -kept.grad.sum(0)
+    assert pull[0] > 0.1 and pull[1].abs() < 0.1 * pull[0]
+
+
+def test_a_reference_is_the_copy_with_its_adapters_or_the_model_without():
+    policy, cfg, batch = rollout()
+    before = kl_score(policy, batch)
+    add_lora(policy.lm, 4)
+    for name, p in policy.lm.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.2)
+    moved = kl_score(policy, batch)
+    assert not torch.allclose(moved, before)
+    torch.testing.assert_close(script.reference_logprobs(policy, None, batch, cfg), before)
+    reference = frozen_copy(policy.lm)
+    torch.testing.assert_close(script.reference_logprobs(policy, reference, batch, cfg), moved)
+
+
+def test_no_gradient_reaches_the_table_through_a_mixture_unless_embeddings_train():
+    policy, cfg, batch = rollout()
+    assert not policy.completion_embeds(batch).requires_grad
+    policy, cfg, batch = rollout(train_embeddings=True)
+    found = grads(policy, policy(batch)["logprobs"].sum())
+    assert any("embed" in name for name in found)
+
+
+def test_old_logprobs_of_several_updates_are_those_before_the_first(monkeypatch):
+    policy, cfg, batch = rollout(update_epochs=2, minibatches=2, num_prompts=4, micro_batch=3,
+                                 noise_scale=0.3)
+    del batch["advantages"], batch["weights"]
+    monkeypatch.setattr(script, "collect_batch", lambda *args: (dict(batch), [
+        {"reward": r, "correct": r, "format_ok": 1, "length": n, "latent_steps": 1, "truncated": 0}
+        for r, n in zip(batch["rewards"].tolist(), batch["lengths"].tolist())]))
+    before, seen, update = score(policy, batch), [], script.update
+
+    def spy(policy, ddp, reference, optimizer, part, *rest):
+        seen.append({n: part[n] for n in ("old_logprobs", "prompt_ids", "lengths")})
+        update(policy, ddp, reference, optimizer, part, *rest)
+
+    monkeypatch.setattr(script, "update", spy)
+    groups = [{**g, "initial_lr": 0.02} for g in script.param_groups(policy, cfg)]
+    optimizer = torch.optim.AdamW(groups)
+    row, _ = script.train_step(policy, policy, None, optimizer, None, [None], cfg, 50)
+    assert len(seen) == 4 and row["ratio_max"] > 1.01 and row["crossed_frac"] > 0
+    for number, part in enumerate(seen):  # two passes over two halves of whole groups
+        rows = range(number % 2 * 8, number % 2 * 8 + 8)
+        expected = select_rows({**batch, "old_logprobs": before}, rows)["old_logprobs"]
+        torch.testing.assert_close(part["old_logprobs"], expected, rtol=0, atol=1e-5)
+    assert len(batch["lengths"]) == 4 * len(PROMPTS)
+
+
+def test_the_path_score_is_a_mean_over_positions():
+    cfg = script.Config(**{**script.PRESETS["tiny"], "group_size": 3})
+    mask = torch.arange(5) < torch.tensor([2, 4, 3])[:, None]
+    batch = {"rewards": torch.tensor([1.0, 1.0, 0.0]), "lengths": mask.sum(1), "loss_mask": mask,
+             "rollout_logprobs": torch.tensor([-1.0, -0.8, -0.1])[:, None] * mask}
+    first = script.compute_advantages(batch, cfg)[:, 0].tolist()  # sums: -2, -3.2; means -1, -0.8
+    assert first[0] == first[2] == 0 < first[1]

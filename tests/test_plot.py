@@ -120,6 +120,7 @@ def test_without_matplotlib_one_line_says_what_to_install(runs, tmp_path, capsys
 
 
 def test_results_of_out_become_pass_at_k_curves(tmp_path):
+    pytest.importorskip("matplotlib")
     row = {"model": "runs/a", "data": "d", "mode": "trained", "script": "lepo", "seed": 0,
            "given": {"num_samples": 4, "noise_scale": 0.5}, "accuracy": 0.25, "pass@2": 0.5,
            "pass@4": 0.75}

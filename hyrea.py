@@ -124,6 +124,7 @@ class Config:
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
     sft_save_every: int = "auto"  # steps [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
+    label_ends: bool = "auto"  # also <end-latent> that is forced has a label [stage 1; ours: off]
     entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
 
     def __post_init__(self):
@@ -165,14 +166,14 @@ PRESETS = {
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
         latents_per_step=4, latent_rms=True, sft_steps=300, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=150, entropy_once=True),
+        sft_save_every=150, label_ends=False, entropy_once=True),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
         eval_every=100, eval_limit=200, eval_batch=64, save_every=250, max_replaced_steps=5,
         latents_per_step=1, latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5,
-        sft_save_every=250, entropy_once=False),
+        sft_save_every=250, label_ends=True, entropy_once=False),
 }
 
 # === 2. the method ================================================================================
@@ -451,6 +452,11 @@ def chain_entropies(model, problems):
             for row, size in zip(entropies.cpu(), sizes)]
 
 
+def step_entropies(model, prompt_ids, steps_ids):
+    """Mean entropy (nats) of what predicts the tokens of each step of one chain -> floats."""
+    return chain_entropies(model, [{"prompt_ids": prompt_ids, "steps_ids": steps_ids}])[0]
+
+
 def lay_out(rows, prompts, lm, latent_id=-1):
     """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
     ids = [torch.tensor(row, device=lm.device) for row in rows]
@@ -541,6 +547,8 @@ def sft_examples(chosen, policy, k, cfg, ranker=None):
     batch = lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
     if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
         batch["loss_mask"] = batch["completion_mask"]
+    elif not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
+        batch["loss_mask"] &= batch["completion_ids"] != policy.end_id
     return batch
 
 

@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 import hyrea  # noqa: E402
-from common import encode_prompts, grade, load_problems, make_rng, mean  # noqa: E402
+from common import (  # noqa: E402
+    checkpoint_settings, encode_prompts, grade, load_problems, make_rng, mean, model_folder)
 
 
 def switches(policy, tokenizer, problems, cfg):
@@ -94,20 +95,18 @@ def main():
     parser.add_argument("--limit", type=int, default=512)
     own = parser.parse_args()
     for name in own.models:
-        args = evaluation.parse_args([name])
-        args.device = "cpu"
-        if evaluation.find_method(name)[2]:
-            _, policy, tokenizer, cfg = evaluation.load_policy(name, args)
+        ours = checkpoint_settings(model_folder(name)).get("method") == "hyrea"
+        if ours:
+            _, cfg, _, _ = evaluation.configure(name, evaluation.parse_args([name]))
         else:
             cfg = hyrea.parse_config(["--model", name, "--train", name.partition(":")[2]])
-            lm, tokenizer = evaluation.load_model(name)
-            policy = hyrea.Policy(lm, tokenizer, cfg)
+        policy, tokenizer = evaluation.load_policy(hyrea, cfg)
         problems = encode_prompts(tokenizer, load_problems(cfg.train, "test", own.limit),
                                   cfg.answer_marker, cfg.max_prompt_length)
         lines = step_table(policy, tokenizer, problems, cfg)
-        if evaluation.find_method(name)[2]:
+        if ours:
             lines = switches(policy, tokenizer, problems, cfg) + lines
-        if evaluation.find_method(name)[2] and cfg.max_replaced_steps:
+        if ours and cfg.max_replaced_steps:
             train = encode_prompts(tokenizer, load_problems(cfg.train, "train", 16),
                                    cfg.answer_marker, cfg.max_prompt_length)
             lines.append(replay_gap(policy, tokenizer, train, cfg))

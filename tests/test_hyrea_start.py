@@ -54,10 +54,7 @@ def test_steps_joined_are_the_text():
 
 
 def test_entropy_of_a_step_is_that_of_the_distributions_that_predict_its_tokens():
-    def entropies(lm, prompt, steps):
-        return script.chain_entropies(lm, [{"prompt_ids": prompt, "steps_ids": steps}])[0]
-
-    lm, prompt = make_lm(), [1, 4, 6]
+    entropies, lm, prompt = script.step_entropies, make_lm(), [1, 4, 6]
     steps = [[7, 8, 9], [10], [11, 12]]
     with torch.no_grad():
         ids = torch.tensor([prompt + sum(steps, [])])

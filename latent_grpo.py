@@ -33,10 +33,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from common import (
@@ -312,8 +312,8 @@ class Policy(nn.Module):
     def unshifted(self, kept, logprobs, batch):
         """As surrogate, but under the density that the noise really had, for the KL term.
 
-        Under it the mean slope of what was drawn is 0, so that k3 is 0 at no distance and pulls
-        back elsewhere. With the shift left in, k3 would push all kept log-probs, even away.
+        Under it the mean slope of what was drawn is 0: k3 is least where nothing has moved and
+        pulls back all else. With the shift left in, k3 would push all kept log-probs, even away.
         """
         return self.surrogate(kept, logprobs, batch, "none", LOW * self.cfg.one_sided)
 

@@ -998,7 +998,7 @@ def grade(batch, problems, tokenizer, marker):
     """Decode and check a rollout -> one record per completion; rows of a problem are neighbours.
 
     The ids are cut at the first EOS by length, so pad = EOS does no harm. latent_spans: the runs
-    [start, end) of latent positions. format_ok: the marker occurs exactly once.
+    [start, end) of latent positions, switches in number. format_ok: the marker occurs exactly once.
     """
     lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
     ids, latent = batch["completion_ids"].tolist(), F.pad(batch["latent_mask"].int().cpu(), (1, 1))
@@ -1016,7 +1016,7 @@ def grade(batch, problems, tokenizer, marker):
             "correct": is_correct(text, problem["answer"], marker),
             "format_ok": text.count(marker) == 1, "truncated": not finished[row],
             "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
-            "latent_spans": spans})
+            "switches": len(spans), "latent_spans": spans})
     return records
 
 

@@ -60,7 +60,7 @@ NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_sampl
 ELSEWHERE = {"model": "name models before the flags", "train": "use --data", "eval_data": "use "
              "--data", "eval_limit": "use --limit", "out_dir": "use --out"}  # not flags here
 COLUMNS = ("accuracy", "stderr", "flexible", "n", "latent_steps", "visible_tokens", "total_length",
-           "truncated_frac", "unanswered_frac")
+           "switches", "truncated_frac", "unanswered_frac")
 
 
 def parse_args(argv):

@@ -165,8 +165,8 @@ PRESETS = {
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=4, latent_rms=True, sft_steps=300, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=150, label_ends=False, entropy_once=True),
+        latents_per_step=4, latent_rms=True, sft_steps=600, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=300, label_ends=False, entropy_once=True),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
@@ -738,7 +738,7 @@ DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}
 
 def latent_reward(record, wanted=1):
     """Spans of a completion with at least one latent, as a share of those wanted; at most 1."""
-    return min(1.0, len(record["latent_spans"]) / wanted)
+    return min(1.0, record["switches"] / wanted)
 
 
 def reward(record):
@@ -837,7 +837,8 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
         "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
         "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
         "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
-        "unanswered_frac": mean(records, "unanswered"), "records": records}
+        "unanswered_frac": mean(records, "unanswered"),
+        "switches": mean(records, "switches"), "records": records}
 
 
 # === 6. plumbing ==================================================================================

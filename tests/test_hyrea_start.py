@@ -98,9 +98,9 @@ def test_random_replacement_ignores_entropy_and_only_grows_with_k():
 
 
 @pytest.mark.parametrize("c", [0, 1, 3])
-@pytest.mark.parametrize("k", [0, 2, 4])
-def test_a_demonstration_has_k_spans_and_the_whole_answer(c, k):
-    policy, cfg, tokenizer, problems = built(latents_per_step=c)
+@pytest.mark.parametrize("k, ends", [(0, True), (2, True), (2, False), (4, False)])
+def test_a_demonstration_has_k_spans_and_the_whole_answer(c, k, ends):
+    policy, cfg, tokenizer, problems = built(latents_per_step=c, label_ends=ends)
     batch = script.sft_examples(problems, policy, k, cfg)
     S, E, L = policy.start_id, policy.end_id, policy.latent_id
     for ids, n, problem in zip(batch["completion_ids"].tolist(), batch["lengths"], problems):
@@ -114,14 +114,16 @@ def test_a_demonstration_has_k_spans_and_the_whole_answer(c, k):
             assert tokenizer.decode(ids[:-3]) == "".join(problem["steps"])
     weights = script.label_weights(batch, policy, 4.0)
     ids = batch["completion_ids"]
-    assert set(weights[(ids == S) | (ids == E)].tolist()) <= {4.0}
+    assert set(weights[ids == S].tolist()) == set([4.0] * min(k, 1))
+    assert set(weights[ids == E].tolist()) == set([4.0 * ends] * min(k, 1))
     assert not weights[(ids == L) | ~batch["completion_mask"]].any()
     others = batch["completion_mask"] & (ids != S) & (ids != E) & (ids != L)
     assert set(weights[others].tolist()) == {1.0}
 
 
-def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_latent_token():
-    policy, cfg, _, problems = built(latents_per_step=2, latent_rms=False)
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_latent_token(ends):
+    policy, cfg, _, problems = built(latents_per_step=2, latent_rms=False, label_ends=ends)
     batch = script.sft_examples(problems, policy, 2, cfg)
     weights = script.label_weights(batch, policy, 4.0)
     trained = [p for p in policy.parameters() if p.requires_grad]

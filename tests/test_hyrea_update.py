@@ -16,7 +16,7 @@ S = script.MARKERS[0]
 
 def record(correct, marker=True, switches=0, truncated=False):
     return {"correct": correct, "format_ok": marker, "truncated": truncated,
-            "completion": S * 3, "latent_spans": [[n, n + 1] for n in range(switches)]}
+            "completion": S * 3, "switches": switches}
 
 
 def test_default_rewards_put_a_right_answer_before_any_use_of_latents():
@@ -50,6 +50,7 @@ def test_spans_before_the_answer_do_not_touch_it():
              "finished": torch.tensor([True]), "latent_mask": torch.tensor([ids]) == 31}
     found, = grade(batch, [{"question": "", "answer": "7"}], tokenizer, "</think>")
     assert found["correct"] and found["format_ok"] and found["latent_spans"] == [[5, 6]]
+    assert found["switches"] == 1
     assert script.latent_reward(found) == 1
     vocabulary = tokenizer.get_vocab()
     assert len({vocabulary[m] for m in script.MARKERS}) == 3

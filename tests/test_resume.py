@@ -186,8 +186,11 @@ def test_a_dry_run_writes_nothing(method, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note").write_text("mine")
-    before = tree(tmp_path)
+    before, script, draws = tree(tmp_path), import_module(method), []
+    rollout = script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *args: draws.append(0) or rollout(*args))
     for out in ("new", "used"):
-        assert train(method, flags(model, out, "--dry_run")) == {}
+        assert train(method, flags(model, out, "--dry_run --max_extra_rollouts 2")) == {}
         assert "peak memory" in capsys.readouterr().out
+    assert len(draws) == 2  # groups of equal rewards draw no more
     assert tree(tmp_path) == before

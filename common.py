@@ -480,7 +480,8 @@ def find_resume(out_dir, resume, settings, free):
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
         if folder is None:
-            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting from the beginning")
+            if latest_checkpoint(out_dir / "sft") is None:  # a supervised stage goes on by itself
+                warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
             return None, lock
     else:
         folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]

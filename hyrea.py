@@ -160,13 +160,13 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(  # 0.5M parameters, two CPU cores; spans as long as the copied steps [ours]
+    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
         train="arithmetic-restated:3", answer_marker="</think>", steps=120, num_prompts=16,
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=4, latent_rms=True, sft_steps=600, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=300, label_ends=False, entropy_once=True),
+        latents_per_step=1, latent_rms=True, sft_steps=800, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=400, label_ends=False, entropy_once=True),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
         max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
@@ -207,9 +207,11 @@ class Policy(nn.Module):
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
-        new, markers = 0, [AddedToken(m, normalized=False) for m in MARKERS]
+        start = checkpoint_settings(cfg.model)
+        knows_markers = start.get("method") == METHOD and start["max_replaced_steps"] > 0
         if cfg.max_replaced_steps:  # not special tokens: they are visible in the graded text
-            new, lm.num_tokens = tokenizer.add_tokens(markers), len(tokenizer)
+            tokenizer.add_tokens([AddedToken(m, normalized=False) for m in MARKERS])
+            lm.num_tokens = len(tokenizer)
             if lm.num_tokens > lm.get_input_embeddings().num_embeddings:  # else: spare rows
                 lm.resize_token_embeddings(lm.num_tokens, mean_resizing=False)
         self.lm, self.table, self.pad_id, self.cfg = lm, lm.get_input_embeddings(), lm.pad_id, cfg
@@ -221,27 +223,27 @@ class Policy(nn.Module):
         self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
         text = [i for i in range(lm.num_tokens) if i not in rows[1:]]  # no choice inside a span
         self.text = torch.tensor(text, device=lm.device)
+        self.markers = torch.tensor(rows, device=lm.device)
         # The markers' rows learn what no other token means (<latent> only as an output); the other
         # rows stay as they are, but for --train_embeddings.
         for module in {self.table, lm.get_output_embeddings()}:
             module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
             if cfg.max_replaced_steps:
                 module.float()  # so is what learns in a bfloat16 model with adapters
-            if new and cfg.stage != "rl":  # start as the mean row: neither likely nor unlikely
+            if cfg.max_replaced_steps and not knows_markers:  # the mean row: neither likely nor not
                 module.weight.data[rows] = module.weight.data[: min(rows)].mean(0)
             if module.weight.requires_grad and not cfg.train_embeddings:
                 module.weight.register_hook(self.only_markers)
 
     def only_markers(self, grad):
         """Gradient of the embedding table or head [rows, H], 0 but for the rows of the markers."""
-        rows = torch.tensor([self.start_id, self.end_id, self.latent_id])
-        return torch.zeros_like(grad).index_put((rows,), grad[rows])
+        return torch.zeros_like(grad).index_put((self.markers,), grad[self.markers])
 
     def latent_input(self, hidden, lm=None):
         """Hidden state -> the input of a latent slot, [.., H]: itself, or scaled (--latent_rms)."""
         if not self.cfg.latent_rms:
             return hidden
-        weight = (lm or self.lm).get_input_embeddings().weight.detach()
+        weight = (lm or self.lm).get_input_embeddings().weight.detach()[: self.lm.num_tokens]
         size = weight.float().square().mean().sqrt()
         return hidden * (size / hidden.float().square().mean(-1, keepdim=True).sqrt())
 
@@ -439,14 +441,18 @@ def split_steps(text):
 
 
 @torch.no_grad()
-def chain_entropies(model, problems):
-    """Of each step of each problem, the mean entropy (nats) of what predicts its tokens."""
+def chain_entropies(model, problems, banned=None):
+    """Of each step of each problem, the mean entropy (nats) of what predicts its tokens.
+
+    banned: ids of the span markers, left out: whether to switch is no uncertainty about the step.
+    """
+    head = model if banned is None else FreeHead(model, banned)
     chains = [sum(p["steps_ids"], []) for p in problems]
     batch = lay_out(chains, [p["prompt_ids"] for p in problems], model)
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     with autocast(model):
         hidden = completion_hidden(model, batch, model.get_input_embeddings()(ids))
-        entropies = completion_logprobs(model, hidden, ids, mask)[1]
+        entropies = completion_logprobs(head, hidden, ids, mask)[1]
     sizes = [[len(step) for step in p["steps_ids"]] for p in problems]
     return [[values.mean().item() for values in row[: sum(size)].split(size)]
             for row, size in zip(entropies.cpu(), sizes)]
@@ -536,7 +542,7 @@ def sft_examples(chosen, policy, k, cfg, ranker=None):
     entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
     if k and cfg.replace == "entropy":
         # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
-        entropies = chain_entropies(ranker or policy.lm, chosen)
+        entropies = chain_entropies(ranker or policy.lm, chosen, policy.markers)
     span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
     rows = []
     for problem, values in zip(chosen, entropies):
@@ -547,8 +553,8 @@ def sft_examples(chosen, policy, k, cfg, ranker=None):
     batch = lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
     if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
         batch["loss_mask"] = batch["completion_mask"]
-    elif not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
-        batch["loss_mask"] &= batch["completion_ids"] != policy.end_id
+    if not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
+        batch["loss_mask"] = batch["loss_mask"] & (batch["completion_ids"] != policy.end_id)
     return batch
 
 
@@ -602,15 +608,19 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
         if "ranker" in state:
             ranker = frozen_copy(policy.lm)
             ranker.load_state_dict(state["ranker"])
-    if state["step"] == cfg.steps and folder != Path(cfg.out_dir):
+    done = f'{{"kind": "eval", "step": {cfg.steps}, '  # the row with which it ends
+    if state["step"] == cfg.steps and folder != Path(cfg.out_dir) \
+            and done in (folder / "metrics.jsonl").read_text(encoding="utf-8"):
         return result
     problems = read_demonstrations(problems, tokenizer, policy.lm, cfg)
     rng = make_rng("cpu", cfg.seed, "cold start")
     problems = [problems[i] for i in torch.randperm(len(problems), generator=rng).tolist()]
     dist.barrier()  # all ranks have looked for the checkpoint
     if rank == 0:
+        print(f"cold start: steps {state['step']} to {cfg.steps}, in {folder}", flush=True)
         (folder / "code").mkdir(parents=True, exist_ok=True)
         open_run(folder, settings, __file__, state["step"])
+
     def save():  # does nothing if this step is saved already
         saved = rank > 0 or save_checkpoint(
             folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
@@ -653,8 +663,6 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
             break
     save()
     bar.close()
-    if rank == 0:
-        print(f"cold start: {state['step']} of {cfg.steps} steps, in {folder}", flush=True)
     if signum := stop_agreed():
         raise SystemExit(128 + signum)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes

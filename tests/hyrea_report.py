@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 import hyrea  # noqa: E402
 from common import (  # noqa: E402
-    checkpoint_settings, encode_prompts, grade, load_problems, make_rng, mean, model_folder)
+    checkpoint_settings,
+    encode_prompts,
+    grade,
+    load_problems,
+    make_rng,
+    mean,
+    model_folder,
+)
 
 
 def switches(policy, tokenizer, problems, cfg):
@@ -52,7 +59,7 @@ def replay_gap(policy, tokenizer, problems, cfg):
     batch = hyrea.rollout(policy, [p["prompt_ids"] for p in problems], cfg,
                           make_rng(policy.lm.device, 0), 8)
     records = grade(batch, problems, tokenizer, cfg.answer_marker)
-    batch["rewards"] = torch.tensor([hyrea.reward(r) for r in records])
+    batch["rewards"] = torch.tensor([hyrea.reward(r) for r in records]).to(policy.lm.device)
     cfg.group_size = 8
     batch["advantages"] = hyrea.compute_advantages(batch, cfg)
     weights, found = hyrea.loss_weights(batch, cfg), []
@@ -69,7 +76,7 @@ def step_table(policy, tokenizer, problems, cfg):
     """Histogram of the mean entropies of steps -> lines of text."""
     cfg.stage = "sft"
     problems = hyrea.read_demonstrations(problems, tokenizer, policy.lm, cfg)
-    found = hyrea.chain_entropies(policy.lm, problems)
+    found = hyrea.chain_entropies(policy.lm, problems, policy.markers[policy.markers >= 0])
     restated = cfg.train.startswith("arithmetic-restated")
     kinds = {"copied": [], "computed": []} if restated else {"all": []}
     wrong = total = 0

@@ -154,6 +154,17 @@ def test_a_latent_reads_the_hidden_state_that_decided_its_position(monkeypatch):
     assert torch.equal(batch["fed"][tokens], policy.table(batch["completion_ids"])[tokens])
 
 
+@pytest.mark.parametrize("end", ["forced", "sampled"])
+def test_what_was_sampled_is_scored_as_it_was_sampled(end):
+    policy, cfg = built(3, end_latent=end, temperature=0.7)
+    batch = draw(script, policy, cfg, PROMPTS, 12)
+    mask, ids = batch["loss_mask"], batch["completion_ids"]
+    torch.testing.assert_close(
+        score(policy, batch)[mask], batch["rollout_logprobs"][mask].float(), rtol=0, atol=1e-5)
+    chosen = [int((mask & (ids == i)).sum()) for i in (policy.latent_id, policy.end_id)]
+    assert min(chosen) > 5 if end == "sampled" else max(chosen) == 0
+
+
 def test_scores_are_renormalised_without_the_forbidden_ids():
     policy, cfg = built(2, temperature=0.7)
     batch = draw_often(policy, cfg)

@@ -1,13 +1,11 @@
 """The cold start: steps, entropies, what is replaced, labels, curriculum, files and resume."""
 
-import json
 import math
 import random
 
 import pytest
 import torch
 from conftest import make_lm, make_tokenizer
-from runs import differences, flags, rows, train
 from test_replay import build
 from torch.nn import functional as F
 
@@ -16,22 +14,11 @@ import hyrea as script
 from common import make_rng, select_rows
 
 torch.set_num_threads(1)
-SHORT = ("--train arithmetic-restated:2 --sft_steps 4 --sft_batch 8 --sft_save_every 2 "
-         "--sft_lr 0.01 --sft_rounds 2 --max_completion_length 28")
-
-
-@pytest.fixture(autouse=True)
-def few_problems(monkeypatch):
-    load = common.load_problems
-    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
-        spec, split, limit or 24))
-
-
 def built(**changes):
     tokenizer = make_tokenizer()
     _, policy, cfg = build("hyrea", tokenizer=tokenizer, answer_marker="</think>",
                            max_completion_length=40, **changes)
-    policy.start_id = len(tokenizer) - 3  # the real one
+    policy.start_id = policy.markers[0] = len(tokenizer) - 3  # the real one
     problems = common.encode_prompts(
         tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), "</think>", 99)
     return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, policy.lm, cfg)
@@ -123,7 +110,8 @@ def test_a_demonstration_has_k_spans_and_the_whole_answer(c, k, ends):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_latent_token(ends):
-    policy, cfg, _, problems = built(latents_per_step=2, latent_rms=False, label_ends=ends)
+    policy, cfg, _, problems = built(
+        latents_per_step=2, latent_rms=False, label_ends=ends, temperature=0.7)  # not used here
     batch = script.sft_examples(problems, policy, 2, cfg)
     weights = script.label_weights(batch, policy, 4.0)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -133,12 +121,9 @@ def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_l
         logits[..., policy.latent_id] = -torch.inf  # ends compete with all text
         ce = F.cross_entropy(logits.transpose(1, 2), batch["completion_ids"], reduction="none")
         wanted = (ce * weights)[weights > 0].sum() / weights.sum()
-        policy.table.weight[policy.latent_id] += 3.0  # tied: the head moves too, so compare states
-        moved = common.lm_logits(policy.lm, policy.hidden(batch))[..., :29]
-        torch.testing.assert_close(moved[batch["completion_mask"]],
-                                   common.lm_logits(policy.lm, policy.hidden(batch))[
-                                       batch["completion_mask"]][:, :29])
-        policy.table.weight[policy.latent_id] -= 3.0
+        before = policy.hidden(batch)
+        policy.table.weight[policy.latent_id] += 3.0
+        assert torch.equal(policy.hidden(batch), before)
     for size in (64, 2):
         cfg.micro_batch = size
         loss, norm = script.sft_update(policy, optimizer, trained, dict(batch), 0, cfg)
@@ -200,48 +185,3 @@ def test_rows_of_a_batch_do_not_change_each_others_demonstration():
         alone = script.sft_examples(problems[row : row + 1], policy, 2, cfg)
         for name, value in select_rows(whole, [row]).items():
             assert torch.equal(value, alone[name]), name
-
-
-@pytest.mark.parametrize("more", ["", "--max_replaced_steps 0", "--replace random --lora_rank 2"])
-def test_a_cold_start_stopped_and_resumed_is_the_uninterrupted_one(model, tmp_path, more):
-    whole, parts, more = tmp_path / "whole", tmp_path / "parts", f"--stage sft {SHORT} {more}"
-    result = train("hyrea", flags(model, whole, more))
-    train("hyrea", flags(model, parts, f"{more} --stop_after 3"))
-    assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
-    assert differences(whole / "step_000004", parts / "step_000004") == []
-    assert rows(whole, "eval") == rows(parts, "eval")
-    assert [r["step"] for r in rows(whole, "eval")] == [0, 2, 4]
-
-
-def test_a_signal_during_the_evaluation_of_the_cold_start_saves(model, tmp_path, monkeypatch):
-    original = script.evaluate
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = f"--stage sft {SHORT} --sft_save_every 9"
-    result = train("hyrea", flags(model, whole, more))
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "evaluate", lambda policy, tokenizer, problems, cfg, rng: (
-            rng.initial_seed() == make_rng("cpu", 0, "check", 2, 0).initial_seed()
-            and script.SIGNALS.append(15)) or original(policy, tokenizer, problems, cfg, rng))
-        assert train("hyrea", flags(model, parts, more)) == 143
-    assert (parts / "step_000002").exists()
-    assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
-    assert differences(whole / "step_000004", parts / "step_000004") == []
-
-
-@pytest.mark.parametrize("call", [2, 3, 6])
-@pytest.mark.parametrize("lora", ["", "--lora_rank 2"])
-def test_a_run_of_both_stages_resumes_in_either(model, tmp_path, monkeypatch, call, lora):
-    monkeypatch.setattr(script, "reward", lambda record: float(record["length"] % 2))
-    more, clip, calls = f"--stage all {SHORT} {lora} --minibatches 2", torch.nn.utils, []
-    result = train("hyrea", flags(model, tmp_path / "whole", more))
-    original = clip.clip_grad_norm_
-    with monkeypatch.context() as patch:
-        patch.setattr(clip, "clip_grad_norm_", lambda *args: calls.append(0) or (
-            len(calls) == call and script.SIGNALS.append(15)) or original(*args))
-        assert train("hyrea", flags(model, tmp_path / "parts", more)) == 143
-    assert train("hyrea", flags(model, tmp_path / "parts", f"{more} --resume auto")) == result
-    for folder in ("sft/step_000004", "step_000004"):
-        assert differences(tmp_path / "whole" / folder, tmp_path / "parts" / folder) == []
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    config = json.loads((tmp_path / "whole/step_000004/hf/latent/config.json").read_text())
-    assert config["start_sha"] != config["model_sha"]

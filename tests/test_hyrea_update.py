@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, make_tokenizer
 from runs import flags, launch, rows, train
 from test_hyrea import built, draw_often, grads
-from test_replay import draw, gradients, score
+from test_replay import PROMPTS, draw, gradients, score
 
 import hyrea as script
 from common import grade, lm_logits
@@ -64,6 +64,15 @@ def test_greedy_decoding_is_deterministic_and_switches_are_spans():
     opened = (one["completion_ids"] == policy.start_id) & exists
     opened[:, -3:] = latent[:, -2:] = False  # a span that the limit cuts off
     assert opened.sum() == latent.sum() > 0
+
+
+def test_an_evaluation_counts_switches(monkeypatch):
+    policy, cfg = built(1)
+    often = draw_often(policy, cfg, 1, True, 0, 5.0)
+    monkeypatch.setattr(script, "rollout", lambda *args: often)
+    problems = [{"question": "", "answer": "7", "prompt_ids": p} for p in PROMPTS]
+    result = script.evaluate(policy, make_tokenizer(), problems, cfg, None)
+    assert result["switches"] == result["latent_steps"] == often["latent_mask"].sum() / 4 > 0
 
 
 def outputs_of(ratio):
@@ -173,7 +182,8 @@ def test_a_bound_on_the_entropy_limits_what_is_replaced():
 def test_sampled_ends_are_demonstrated_as_going_on_for_c_slots_and_then_ending():
     """A small cold start: greedy decoding uses all c latents, and the forced end is certain."""
     from test_hyrea_start import built as demonstrate
-    policy, cfg, _, problems = demonstrate(latents_per_step=2, end_latent="sampled", seed=0)
+    policy, cfg, _, problems = demonstrate(
+        latents_per_step=2, end_latent="sampled", label_ends=True)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": 0.01}], weight_decay=0)
     cfg.steps, cfg.warmup_steps = 99, 0

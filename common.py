@@ -479,10 +479,10 @@ def find_resume(out_dir, resume, settings, free):
     lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
+        if folder is None and latest_checkpoint(out_dir / "sft") is None:
+            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
         if folder is None:
-            if latest_checkpoint(out_dir / "sft") is None:  # a supervised stage goes on by itself
-                warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
-            return None, lock
+            return None, lock  # a supervised stage goes on by itself
     else:
         folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
         if folder.resolve() not in known:

@@ -108,7 +108,7 @@ class Config:
     stage: str = "all"  # sft: the cold start, rl: from --model as it is, all: both [ours]
     max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
     latents_per_step: int = "auto"  # latent slots in a span, c; 0 to 4, at 8 it breaks [fig. 7]
-    replace: str = "entropy"  # steps replaced: entropy = foreseeable first, random, all [stage 1]
+    replace: str = "entropy"  # entropy = foreseeable first, random, all = past S too [stage 1]
     max_entropy: float = 0.0  # with entropy: replace only steps below it, nats; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
@@ -1115,6 +1115,8 @@ def main(argv=None):
         if cfg.stage == "sft":
             return start
         settings["start_sha"] = weights_fingerprint(lm)  # what the reference is a copy of
+    elif cfg.max_replaced_steps and not start.get("max_replaced_steps", cfg.dry_run) and rank == 0:
+        print(f"{cfg.model} has had no cold start: nothing has taught it the markers")
     reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
     if cfg.kl_coef > 0 and cfg.lora_rank and (cfg.stage == "all" or cfg.max_replaced_steps):
         reference = frozen_copy(lm)  # the start trained its adapters, and markers learn without any

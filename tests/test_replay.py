@@ -42,7 +42,8 @@ def build(method, kind="llama", tokenizer=None, eos=EOS, pad=0, seed=0, **change
         if not name.startswith(("lm.", "table.")) and p.dim() > 1:
             p.data.mul_(20)
     if method == "hyrea":
-        policy.start_id = policy.markers[0] = 14  # an id that random models sample often, as the real one is not
+        # an id that random models sample often, as the real one is not
+        policy.start_id = policy.markers[0] = 14
     return module, policy, cfg
 
 

@@ -260,7 +260,7 @@ def print_table(groups):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
         print("|", " | ".join(map(str.ljust, line, widths)), "|")
-    print("accuracy ± sample std over seeds, or, of one seed, ± standard error over n problems")
+    print("\naccuracy ± sample std over seeds, or, of one seed, ± standard error over n problems")
 
 
 def table(files):

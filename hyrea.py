@@ -165,7 +165,7 @@ PRESETS = {
         group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
         lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
         eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=1, latent_rms=True, sft_steps=800, sft_batch=64, sft_lr=2e-3,
+        latents_per_step=1, latent_rms=False, sft_steps=800, sft_batch=64, sft_lr=2e-3,
         sft_save_every=400, label_ends=False, entropy_once=True),
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
         train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,

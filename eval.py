@@ -290,7 +290,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "os^Dv*X"  # a second way to tell curves apart; the next line style after seven
 
 
-def read_curve(folder, y):
+def read_curve(folder, y, suffix=""):
     """Run folder -> {"run", "label" (run without seed), "seed", "method", "steps", "values"}."""
     path = Path(folder)
     if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
@@ -305,7 +305,7 @@ def read_curve(folder, y):
         numbers = {k for row in rows for k, v in row.items() if isinstance(v, int | float)}
         fail(f"{folder}: has no {y}; it has {', '.join(sorted(numbers - {'step'}))}")
     name, seed = path.resolve().name, config["seed"]
-    return {"run": name, "label": re.sub(rf"-s?{seed}$", "", name), "seed": seed,
+    return {"run": name, "label": re.sub(rf"-s?{seed}$", "", name) + suffix, "seed": seed,
             "method": config["method"], "steps": [s for s, _ in points],
             "values": [v for _, v in points]}
 
@@ -334,7 +334,8 @@ def read_curves(sources, y, x=""):
     for source in sorted(sources, key=lambda source: not source.endswith(".json")):
         metric = y or "accuracy"
         if not source.endswith(".json"):
-            figure = {"y": metric, "runs": [read_curve(source, metric)]}
+            found = [(name, f" {name}" * ("," in metric)) for name in metric.split(",")]
+            figure = {"y": metric, "runs": [read_curve(source, *pair) for pair in found]}
         elif "given" in (figure := read_json(source)):
             curve = result_curve(source, figure, metric, x)
             figure = {"y": metric if x else "pass@k", "x": x, "runs": [curve]}
@@ -376,7 +377,7 @@ def draw_curves(y, runs, file, x=""):
                               alpha=0.5 if x else 0.18, linewidth=2 if x else 0)
     steps = "training step" if y != "pass@k" else "k, samples per problem"
     axes.set_xlabel(x.replace("_", " ") or steps, fontsize=12)
-    axes.set_ylabel(y.replace("_", " "), fontsize=12)
+    axes.set_ylabel(y.replace("_", " ").replace(",", ", "), fontsize=12)
     if y == "pass@k" and not x:
         ticks = sorted({step for run in runs for step in run["steps"]})
         axes.set_xscale("log", base=2)
@@ -398,7 +399,7 @@ def plot(argv):
         allow_abbrev=False, description="Curves of a metric over steps, one for all seeds of a run "
         "(NAME-0, NAME-s1), or of pass@k; with --x: points. Writes the numbers too, as .json.")
     parser.add_argument("runs", nargs="+", help="run folders, or .json files of --out or a figure")
-    parser.add_argument("--y", default="", help="metric (accuracy, or that of the figure's .json)")
+    parser.add_argument("--y", default="", help="metrics, by commas (accuracy, or the .json's)")
     parser.add_argument("--x", default="", help="with files of --out: another metric, for points")
     parser.add_argument("--out", required=True, help="figure to write: .png, .pdf or .svg")
     args = parser.parse_args(argv)

@@ -96,6 +96,13 @@ def test_flags_change_how_a_checkpoint_is_decoded(run):
         assert evaluate(folder, "--latent_steps", 0)[0]["mode"] == "explicit"
 
 
+def test_the_floor_gives_the_marker_at_once(run):
+    row, = evaluate(run[1], "--mode", "floor")
+    assert row["script"] == "latent_grpo" and row["latent_steps"] == 0
+    assert row["format_ok"] > 0.5  # nothing else writes a marker here
+    assert evaluate(run[1], "--mode", "explicit")[0]["format_ok"] < 0.5
+
+
 def test_flags_that_do_not_fit_are_refused(run, capsys):
     for line, words in {
             "--nonsense 1": "--nonsense: is no flag of eval.py, nor of", "--top_k many": "--top_k",

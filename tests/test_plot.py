@@ -58,6 +58,8 @@ def test_a_metric_of_the_training_rows_is_drawn_if_evaluations_lack_it(runs, tmp
     pytest.importorskip("matplotlib")
     figure = draw(tmp_path, runs[0], "--y", "reward")
     assert figure["runs"][0]["steps"] == [1, 2] and figure["runs"][0]["values"] == [0.25, 0.35]
+    figure = draw(tmp_path, runs[0], "--y", "reward,accuracy", out="figures/b.png")
+    assert [run["label"] for run in figure["runs"]] == ["lepo reward", "lepo accuracy"]
 
 
 def test_the_numbers_beside_a_figure_draw_it_again(runs, tmp_path):

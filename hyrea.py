@@ -112,7 +112,7 @@ class Config:
     max_entropy: float = 0.0  # with entropy: replace only steps below it, nats; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
-    replay_latents: bool = False  # stored latents, constants: gradient off by 43-81 % (tiny) [ours]
+    replay_latents: bool = False  # stored latents, constants: gradient off by 7-49 % (tiny) [ours]
     reward_accuracy: float = 1.0  # weight of a right answer [stage 2; ours]
     reward_format: float = 0.2  # weight of exactly one marker and an end [stage 2; ours]
     reward_latent: float = 0.2  # weight of using latents [stage 2; ours]
@@ -1186,7 +1186,8 @@ def main(argv=None):
     if cfg.dry_run and rank == 0 and not signum:
         print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
               f"{row['seconds']:.1f} s a step")
-        print("no span was forced: each latent that a trained model takes adds a pass to an update")
+        if cfg.max_replaced_steps:
+            print("no span was forced: each latent that a trained model takes adds a pass to it")
     elif rank == 0:
         print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
               f"with --resume auto, or: python eval.py {out_dir} --data "

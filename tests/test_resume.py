@@ -61,7 +61,10 @@ def test_the_reference_after_a_resume_is_the_original_model(method, model, tmp_p
     original = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert len(seen) == 2
     for reference in seen:
-        assert all(torch.equal(original[k], v) for k, v in reference.state_dict().items())
+        for k, v in reference.state_dict().items():
+            rows = 29 if "embed" in k or "lm_head" in k else None  # hyrea sets those of its markers
+            assert torch.equal(original[k][:rows], v[:rows])
+            assert torch.equal(seen[0].state_dict()[k], v)
 
 
 TWICE = """

@@ -237,6 +237,12 @@ def encode_prompts(tokenizer, problems, marker, max_length):
             texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
     plain = not tokenizer.chat_template  # only then is a BOS still missing
     encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
+    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
+    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
+    if unknown:
+        (warn if unknown < len(texts) else fail)(
+            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
+            "not know; tiny knows digits, + - * and = only: name a --model")
     kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
     if not kept:
         fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "

@@ -57,7 +57,7 @@ def parse_args(argv):
         usage="eval.py MODEL [MODEL ...] [--flag value ...]", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
         epilog="and every flag of the script that decodes (lepo.py --help), as --num_samples 8")
-    parser.add_argument("--data", default="arithmetic", help="data sets, by commas (arithmetic)")
+    parser.add_argument("--data", default="", help="data sets, by commas (the first run's own)")
     parser.add_argument("--limit", type=int, default=0, help="problems per data set; 0 = all (0)")
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
         "trained: as the script that trained it decodes (default); explicit: its latent steps off\n"
@@ -425,7 +425,10 @@ def main(argv=None):
         return {"plot": plot, "--table": table}[argv[0]](argv[1:])
     args = parse_args(argv)
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
-    sets = {name: load_problems(name, "test", args.limit) for name in args.data.split(",") if name}
+    saved = [checkpoint_settings(model_folder(name)) for name in args.models]
+    own = [s.get("eval_data") or s["train"] for s in saved if s] or ["arithmetic"]
+    names = (args.data or own[0]).split(",")  # by default what the first checkpoint was trained on
+    sets = {name: load_problems(name, "test", args.limit) for name in names if name}
     rows = []
     for name, (script, cfg, mode, given) in zip(args.models, asked):
         policy = tokenizer = None  # frees the model before

@@ -18,6 +18,7 @@ Run      python hyrea.py                            # both stages, tiny model, t
 """
 
 import argparse
+import copy
 import dataclasses
 import gc
 import hashlib
@@ -105,11 +106,11 @@ class Config:
     stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
     # the method
-    stage: str = "all"  # sft: the cold start, rl: from --model as it is, all: both [ours]
+    stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [ours]
     max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
-    latents_per_step: int = "auto"  # latent slots in a span, c; 0 to 4, at 8 it breaks [fig. 7]
-    replace: str = "entropy"  # entropy = foreseeable first, random, all = past S too [stage 1]
-    max_entropy: float = 0.0  # with entropy: replace only steps below it, nats; 0 = no bound [ours]
+    latents_per_step: int = "auto"  # latent slots in a span, c; the paper's 8 fails [fig. 7]
+    replace: str = "entropy"  # or random; all: from the first on, one more a round [stage 1]
+    max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
     replay_latents: bool = False  # stored latents, constants: gradient off by 7-49 % (tiny) [ours]
@@ -119,12 +120,12 @@ class Config:
     latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
     # the cold start
     sft_steps: int = "auto"  # updates, over all rounds [ours]
-    sft_rounds: int = 10  # each with a tenth more data and one more step replaced [stage 1]
+    sft_rounds: int = 10  # each with 1/10 more of the data, one more step replaced [stage 1]
     sft_batch: int = "auto"  # demonstrations in an update, over all ranks [ours]
     sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
-    sft_save_every: int = "auto"  # steps [ours]
+    sft_save_every: int = "auto"  # updates of the cold start [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
-    label_ends: bool = "auto"  # also <end-latent> that is forced has a label [stage 1; ours: off]
+    label_ends: bool = "auto"  # label <end-latent> even where it is forced [stage 1; tiny: off]
     entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
 
     def __post_init__(self):
@@ -208,7 +209,7 @@ class Policy(nn.Module):
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
         start = checkpoint_settings(cfg.model)
-        knows_markers = start.get("method") == METHOD and start["max_replaced_steps"] > 0
+        knows_markers = start.get("max_replaced_steps", 0) > 0  # ours, or a fork's
         if cfg.max_replaced_steps:  # not special tokens: they are visible in the graded text
             tokenizer.add_tokens([AddedToken(m, normalized=False) for m in MARKERS])
             lm.num_tokens = len(tokenizer)
@@ -221,8 +222,8 @@ class Policy(nn.Module):
         # never a free choice; explicit models of a vocabulary with markers do not switch either
         banned = [self.latent_id, self.end_id] + [self.start_id] * (not cfg.max_replaced_steps)
         self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
-        text = [i for i in range(lm.num_tokens) if i not in rows[1:]]  # no choice inside a span
-        self.text = torch.tensor(text, device=lm.device)
+        outside = [i for i in range(lm.num_tokens) if i not in (self.end_id, self.latent_id)]
+        self.outside = torch.tensor(outside, device=lm.device)  # never a choice inside a span
         self.markers = torch.tensor(rows, device=lm.device)
         # The markers' rows learn what no other token means (<latent> only as an output); the other
         # rows stay as they are, but for --train_embeddings.
@@ -252,7 +253,9 @@ class Policy(nn.Module):
 
         A latent slot reads the hidden state of the slot before it, so the slots of a row are fed in
         rounds: round n feeds the n-th latent slot and the tokens up to the next one, in all rows at
-        once, on one growing cache. Gradients run back through the chain of latents.
+        once, on one growing cache. Gradients run back through the chain of latents. Two rows,
+        S E markers, L latents, a-e tokens:   a S L E b S L E c  is fed as  a S | L E b S | L E c
+                                              d e S L E                     d e S | L E | (masked)
         """
         lm = lm or self.lm
         table, latent = lm.get_input_embeddings(), batch["latent_mask"] & batch["completion_mask"]
@@ -266,9 +269,9 @@ class Policy(nn.Module):
         exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)  # [B, S]
         places = (exists.long().cumsum(1) - 1).clamp(min=0)
         turn = F.pad(latent[:, :-1], (width, 0)).cumsum(1)  # [B, S], the round of each slot
-        cache, seen = DynamicCache(), exists[:, :0]
+        cache, seen = DynamicCache(), exists[:, :0]  # seen: which columns fed so far are slots
         columns = torch.arange(exists.shape[1], device=exists.device)
-        pieces, where, last = [], torch.zeros_like(places), None
+        pieces, where, last = [], torch.zeros_like(places), None  # where: column of each slot
         for number in range(int(turn.max()) + 1):
             now = exists & (turn == number)  # [B, S], one run of slots in a row, or none
             count, first = now.sum(1, keepdim=True), now.int().argmax(1, keepdim=True)  # [B, 1]
@@ -298,10 +301,12 @@ class Policy(nn.Module):
         ids, mask = batch["completion_ids"], batch["loss_mask"]
         place = torch.arange(ids.shape[1], device=ids.device) - self.opened(ids)
         inside = torch.isin(ids, self.banned) & (place <= self.cfg.latents_per_step)
-        never, temperature = self.banned[: 1 if labels else None], self.cfg.temperature
+        # A forced end lies at place c + 1, so as a label it is a free choice, weighted or not.
+        never = self.banned[:1] if labels else self.banned  # labels: <latent> alone, its first id
+        temperature = self.cfg.temperature
         free, span = (
             completion_logprobs(FreeHead(lm, b), hidden, ids, where, 1 if labels else temperature)
-            for b, where in ((never, mask & ~inside), (self.text, mask & inside)))
+            for b, where in ((never, mask & ~inside), (self.outside, mask & inside)))
         return free[0] + span[0], free[1] + span[1]
 
     def forward(self, batch, labels=False):
@@ -396,7 +401,7 @@ def policy_loss(outputs, batch, cfg):
 
 
 def param_groups(policy, cfg):
-    """Optimizer groups: matrices, vectors, embeddings; decay must not shrink rows that stay."""
+    """Optimizer groups: matrices, vectors, embeddings; no decay of rows that are not trained."""
     lm = [p for p in policy.lm.parameters() if p.requires_grad]
     tables = dict.fromkeys([policy.table.weight, policy.lm.get_output_embeddings().weight])
     tables, lm = [p for p in lm if p in tables], [p for p in lm if p not in tables]
@@ -495,7 +500,7 @@ def read_demonstrations(problems, tokenizer, lm, cfg):
     Each step is tokenised by itself, so that replacing it changes no other token. The built-in
     task's chains and answers are a teacher's, errors included.
     """
-    kept, eos = [], tokenizer.eos_token_id
+    kept, eos, faults = [], tokenizer.eos_token_id, {}
     span, most = cfg.latents_per_step + 2, round_of(cfg.sft_steps, cfg)[3]
     for problem in problems:
         steps = split_steps(problem["solution"] or "") or problem["steps"] or []
@@ -504,14 +509,22 @@ def read_demonstrations(problems, tokenizer, lm, cfg):
         parts = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
         growth = sorted((max(0, span - len(part)) for part in parts[:-1]), reverse=True)
         length = sum(map(len, parts)) + 1 + sum(growth[:most])
-        if steps and cfg.answer_marker not in "".join(steps) and all(parts[:-1]) \
-                and length <= cfg.max_completion_length:
-            kept.append({**problem, "steps_ids": parts[:-1], "answer_ids": [
-                *parts[-1], eos if eos in lm.eos_ids else lm.eos_ids[0]]})
-    if lost := len(problems) - len(kept):
+        fault = None
+        if not steps or not all(parts[:-1]):
+            fault = "no solution or steps"
+        elif cfg.answer_marker in "".join(steps):
+            fault = f"{cfg.answer_marker} inside the chain"
+        elif length > cfg.max_completion_length:  # with spans for the shortest steps
+            fault = f"over --max_completion_length {cfg.max_completion_length}"
+        if fault:
+            faults[fault] = faults.get(fault, 0) + 1
+            continue
+        kept.append({**problem, "steps_ids": parts[:-1], "answer_ids": [
+            *parts[-1], eos if eos in lm.eos_ids else lm.eos_ids[0]]})
+    if faults:
         (warn if kept else fail)(
-            f"{lost} of {len(problems)} problems of --train {cfg.train} demonstrate nothing: no "
-            f"steps or solution, or over --max_completion_length {cfg.max_completion_length}")
+            f"{len(problems) - len(kept)} of {len(problems)} problems of --train {cfg.train} "
+            f"demonstrate nothing: " + ", ".join(f"{n} {fault}" for fault, n in faults.items()))
     return kept
 
 
@@ -593,8 +606,8 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     folder = Path(cfg.out_dir, "sft" * (cfg.stage != "sft"))
-    cfg = dataclasses.replace(
-        cfg, steps=cfg.sft_steps, lr=cfg.sft_lr, warmup_steps=round(0.05 * cfg.sft_steps))
+    cfg = copy.copy(cfg)
+    cfg.steps, cfg.lr, cfg.warmup_steps = cfg.sft_steps, cfg.sft_lr, round(0.05 * cfg.sft_steps)
     groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
     trained = [p for group in groups for p in group["params"]]
@@ -637,10 +650,11 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
                 break  # the evaluation is incomplete; a resumed run repeats it
             records, result = metrics.pop("records"), metrics
             if rank == 0:
-                row = {"kind": "eval", "step": step, "replaced": k, **result}
+                learned = round_of(max(step - 1, 0), cfg)[3]  # steps replaced up to here
+                row = {"kind": "eval", "step": step, "replaced": learned, **result}
                 log_rows(folder, row, records[:8])
                 tqdm.write("start " + "  ".join(f"{name} {row[name]:.4g}" for name in (
-                    "step", "replaced", "accuracy", "stderr", "latent_steps", "visible_tokens")))
+                    "step", "replaced", "accuracy", "n", "latent_steps", "visible_tokens")))
         if step == cfg.steps:
             break
         if k and ranker is None and cfg.entropy_once and cfg.replace == "entropy":
@@ -663,6 +677,10 @@ def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
             break
     save()
     bar.close()
+    if rank == 0:
+        print(f"cold start: {state['step']} of {cfg.steps} steps; go on with "
+              + (f"--stage rl --model {folder}" if state["step"] == cfg.steps and folder == Path(
+                  cfg.out_dir) else "--resume auto"), flush=True)
     if signum := stop_agreed():
         raise SystemExit(128 + signum)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
@@ -1091,8 +1109,8 @@ def main(argv=None):
     settings.update(dataclasses.asdict(cfg))
     start = checkpoint_settings(cfg.model) if cfg.stage == "rl" else {}
     for name in ("latents_per_step", "max_replaced_steps", "latent_rms"):
-        if start.get("method") == METHOD and start[name] != settings[name]:
-            fail(f"--{name} {settings[name]}: {cfg.model} was trained with {start[name]}")
+        if start.get(name, settings[name]) != settings[name]:
+            fail(f"--{name} {settings[name]}: {cfg.model} was trained with {start[name]}; use that")
     resumed, lock, out_dir = None, None, Path(cfg.out_dir)
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
@@ -1111,9 +1129,9 @@ def main(argv=None):
     settings["data_sha"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
     if cfg.stage != "rl" and not cfg.dry_run:
         lock = lock or (lock_run(out_dir) if rank == 0 else None)
-        start = cold_start(policy, tokenizer, problems, eval_problems, settings, cfg)
+        last = cold_start(policy, tokenizer, problems, eval_problems, settings, cfg)
         if cfg.stage == "sft":
-            return start
+            return last
         settings["start_sha"] = weights_fingerprint(lm)  # what the reference is a copy of
     elif cfg.max_replaced_steps and not start.get("max_replaced_steps", cfg.dry_run) and rank == 0:
         print(f"{cfg.model} has had no cold start: nothing has taught it the markers")

@@ -86,7 +86,8 @@ def step_table(policy, tokenizer, problems, cfg):
         lowest = sorted(range(len(row)), key=lambda i: row[i])[: max(cfg.max_replaced_steps, 1)]
         wrong, total = wrong + sum(i % 2 for i in lowest), total + len(lowest)
     edges = [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 99]
-    lines = ["mean entropy of a written step, below " + " ".join(f"{e:>6}" for e in edges[1:-1])]
+    bounds = " ".join(f"{e:>6}" for e in edges[1:-1])
+    lines = [f"mean entropy of a written step, below {bounds}   more"]
     for kind, values in kinds.items():
         counts = torch.histogram(torch.tensor(values), torch.tensor(edges).float())[0]
         lines.append(f"  {kind:8} {sum(values) / len(values):.4f} on average; shares   " + " ".join(

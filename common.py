@@ -237,6 +237,12 @@ def encode_prompts(tokenizer, problems, marker, max_length):
             texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
     plain = not tokenizer.chat_template  # only then is a BOS still missing
     encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
+    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
+    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
+    if unknown:
+        (warn if unknown < len(texts) else fail)(
+            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
+            "not know; tiny knows digits, + - * and = only: name a --model")
     kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
     if not kept:
         fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
@@ -479,9 +485,10 @@ def find_resume(out_dir, resume, settings, free):
     lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
+        if folder is None and latest_checkpoint(out_dir / "sft") is None:
+            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
         if folder is None:
-            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting from the beginning")
-            return None, lock
+            return None, lock  # a supervised stage goes on by itself
     else:
         folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
         if folder.resolve() not in known:
@@ -694,21 +701,22 @@ def read_text(value, where):
 def arithmetic_problems(spec, split="train", limit=0):
     """The built-in task: chains of digit operations modulo 10, with a teacher that errs.
 
-    spec    `arithmetic[-verbose][:N or :LO-HI]`, N operations per chain, 5 by default
+    spec    `arithmetic[-verbose|-restated][:N or :LO-HI]`, N operations per chain, 5 by default
     split   train (16384 problems) or test (1024): told apart by a hash, so disjoint by construction
     -> {"question": "3+8-5*7=", "answer": "2", "steps": ["+1", "-6", "*2"], "teacher_answer": "2"}
 
-    A step is the operator and the running value; verbose restates the operand, "+8=1". `answer` is
+    A step is the operator and the running value; verbose restates the operand, "+8=1"; restated has
+    two steps an operation, one that only copies, "+8=3+8", and one that computes, "=1". `answer` is
     the truth. `steps` and `teacher_answer` come from a sloppy teacher: on a fixed sixth of the
     facts (a, op, b) it writes one fixed wrong value 60 % of the time and goes on from there. * has
     only the operands 3, 7, 9: those permute the digits, so that a wrong value stays wrong.
     """
-    parts = re.fullmatch(r"arithmetic(-verbose)?(?::(\d{1,2})(?:-(\d{1,2}))?)?", spec)
+    parts = re.fullmatch(r"arithmetic(-verbose|-restated)?(?::(\d{1,2})(?:-(\d{1,2}))?)?", spec)
     low = int(parts[2] or 5) if parts else 0
     high = int(parts[3] or low) if parts else 0
     if not 1 <= low <= high <= 40 or split not in ("train", "test"):
-        fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic:N or "
-             "arithmetic:LO-HI, lengths of 1 to 40, split train or test")
+        fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic-restated, "
+             "arithmetic:N or arithmetic:LO-HI, lengths of 1 to 40, split train or test")
     teacher = random.Random("sloppy")
     sloppy = {}
     for fact in [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]:
@@ -725,10 +733,13 @@ def arithmetic_problems(spec, split="train", limit=0):
             op = rng.choice("+-*")
             b = rng.choice((3, 7, 9)) if op == "*" else rng.randint(0, 9)
             errs = (value, op, b) in sloppy and rng.random() < 0.6
+            if parts[1] == "-restated":
+                steps.append(f"{op}{b}={value}{op}{b}")
             value = sloppy[value, op, b] if errs else apply_operation(value, op, b)
             truth = apply_operation(truth, op, b)
             question += f"{op}{b}"
-            steps.append(f"{op}{b}={value}" if parts[1] else f"{op}{value}")
+            written = {None: f"{op}{value}", "-verbose": f"{op}{b}={value}"}
+            steps.append(written.get(parts[1], f"={value}"))
         if (zlib.crc32(question.encode()) % 16 == 0) == (split == "test"):
             rows.append({"question": f"{question}=", "answer": str(truth), "steps": steps,
                          "solution": None, "teacher_answer": str(value),
@@ -994,7 +1005,7 @@ def grade(batch, problems, tokenizer, marker):
     """Decode and check a rollout -> one record per completion; rows of a problem are neighbours.
 
     The ids are cut at the first EOS by length, so pad = EOS does no harm. latent_spans: the runs
-    [start, end) of latent positions. format_ok: the marker occurs exactly once.
+    [start, end) of latent positions, switches in number. format_ok: the marker occurs exactly once.
     """
     lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
     ids, latent = batch["completion_ids"].tolist(), F.pad(batch["latent_mask"].int().cpu(), (1, 1))
@@ -1012,7 +1023,7 @@ def grade(batch, problems, tokenizer, marker):
             "correct": is_correct(text, problem["answer"], marker),
             "format_ok": text.count(marker) == 1, "truncated": not finished[row],
             "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
-            "latent_spans": spans})
+            "switches": len(spans), "latent_spans": spans})
     return records
 
 

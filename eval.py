@@ -1,30 +1,28 @@
-"""Evaluate checkpoints and models on one or several data sets; draw learning curves of runs.
+"""Evaluate checkpoints and models on one or several data sets; tabulate and draw the numbers.
 
 A checkpoint of ours (a run folder, its step_NNNNNN or the hf/ in it) is decoded by the script that
 trained it, with its saved settings; any other model plainly, as `hrpo.py --no-hybrid` would. Every
 flag of that script may be given, and then replaces the saved value.
 
-Run      python eval.py runs/hrpo-tiny-arithmetic-s0 tiny --data arithmetic
-         python eval.py runs/NAME --data gsm8k,svamp --limit 200 --eval_batch 128
-         python eval.py runs/NAME --data math500 --num_samples 16 --temperature 0.6    # pass@k
-         python eval.py runs/lepo-0 --latent_steps 4 --num_samples 16 --noise_scale 0.5
-         python eval.py runs/hrpo-0 tiny --mode soft_thinking
-         torchrun --standalone --nproc_per_node=8 eval.py Qwen/Qwen2.5-1.5B-Instruct --data gsm8k
-         python eval.py plot runs/lepo-* runs/grpo-* --out docs/curves.png
+Run      python eval.py runs/lepo-0 tiny --data arithmetic --num_samples 16    # pass@k
+         torchrun --standalone --nproc_per_node=8 eval.py runs/NAME --data gsm8k --out results
+         python eval.py --table results/*.json    # means over seeds; python eval.py plot --help
 
-Prints one table row per model and data set. --out writes every completion as JSONL, with all that
-is needed to grade it again, and the numbers as JSON; files that exist are never overwritten.
+--out writes every completion, with all that is needed to grade it again, and the numbers. The same
+command goes on where it was stopped; results of other weights or settings are never overwritten.
 """
 
 import argparse
 import dataclasses
 import gc
+import hashlib
 import importlib
 import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -32,17 +30,8 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal,
-    checkpoint_settings,
-    encode_prompts,
-    extract_answer,
-    fail,
-    load_method,
-    load_model,
-    load_problems,
-    make_rng,
-    model_folder,
-)
+    answers_equal, checkpoint_settings, encode_prompts, extract_answer, fail, load_method,
+    load_model, load_problems, make_rng, mean, model_folder, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -55,12 +44,11 @@ MODES = {  # name: (script that decodes, None = that of the checkpoint; its Conf
                                    top_p=0.95)),
     "floor": ("latent_grpo", dict(floor=True)),  # an empty thought: what is known without one
 }
-# what is chosen anew for each evaluation
 NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_samples", "greedy"}
 ELSEWHERE = {"model": "name models before the flags", "train": "use --data", "eval_data": "use "
              "--data", "eval_limit": "use --limit", "out_dir": "use --out"}  # not flags here
-COLUMNS = ("accuracy", "stderr", "flexible", "n", "latent_steps", "visible_tokens", "total_length",
-           "truncated_frac", "unanswered_frac")
+COLUMNS = ("flexible", "latent_steps", "visible_tokens", "total_length", "switches",
+           "truncated_frac", "unanswered_frac")  # of a table, after accuracy and pass@k
 
 
 def parse_args(argv):
@@ -68,21 +56,17 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         usage="eval.py MODEL [MODEL ...] [--flag value ...]", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
-        epilog="and every flag of the script that decodes (python lepo.py --help), among them\n"
-        "--num_samples N, --no-greedy, --temperature, --top_k, --max_completion_length,\n"
-        "--answer_marker, --eval_batch, --seed, --device, --dtype")
-    parser.add_argument("--data", default="arithmetic", help="data sets, by commas (arithmetic)")
+        epilog="and every flag of the script that decodes (lepo.py --help), as --num_samples 8")
+    parser.add_argument("--data", default="", help="data sets, by commas (the first run's own)")
     parser.add_argument("--limit", type=int, default=0, help="problems per data set; 0 = all (0)")
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
-        "trained: as the script that trained the model decodes (default)\n"
-        "explicit: with that script's latent steps off\n"
+        "trained: as the script that trained it decodes (default); explicit: its latent steps off\n"
         "soft_thinking: mixtures until the answer marker, with lepo.py\n"
         "floor: the marker is given at once, only the answer is written, with latent_grpo.py"))
     parser.add_argument("--out", default="", help="folder for the JSONL and JSON files")
-    flags = itertools.dropwhile(lambda word: not word.startswith("-"), argv)
-    args, args.flags = parser.parse_known_args(list(flags))
-    models = itertools.takewhile(lambda word: not word.startswith("-"), argv)
-    args.models = list(dict.fromkeys(models))
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    args, args.flags = parser.parse_known_args(argv[first:])
+    args.models = list(dict.fromkeys(argv[:first]))
     if not args.models:
         parser.error("name one or more models, before the flags")
     if args.limit < 0:
@@ -133,6 +117,7 @@ def configure(name, args):
 def load_policy(script, cfg):
     """-> policy, tokenizer; what the method added only if this script trained the model."""
     device = script.setup_distributed(cfg)[2]
+    torch.manual_seed(cfg.seed)  # what a method adds to a model that it has not trained
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device)
     policy = script.Policy(lm, tokenizer, cfg)
     if checkpoint_settings(cfg.model).get("method") == script.METHOD:
@@ -148,78 +133,171 @@ def pass_at_k(correct, total, k):
     return 1 - math.comb(total - correct, k) / math.comb(total, k)
 
 
-def summarise(metrics, num_samples):
-    """Add flexible accuracy, and for several samples pass@1, 2, 4, ... -> flat dict of numbers."""
-    records = metrics.pop("records")
+def summarise(records, num_samples):
+    """Numbers of a data set from all its records: those of `evaluate`, flexible accuracy, pass@k"""
+    correct = torch.tensor([float(r["correct"]) for r in records]).view(-1, num_samples)
+    shares, counts = correct.mean(1), correct.sum(1).int().tolist()
+    latent, length = mean(records, "latent_steps"), mean(records, "length")
     loose = [answers_equal(extract_answer(r["completion"], r["marker"], flexible=True), r["gold"])
              for r in records]
-    metrics["flexible"] = sum(loose) / len(loose)
-    counts = [sum(r["correct"] for r in records[i : i + num_samples])
-              for i in range(0, len(records), num_samples)]
+    stderr = shares.std(correction=0).item() / len(shares) ** 0.5
+    row = {"accuracy": shares.mean().item(), "stderr": stderr, "flexible": sum(loose) / len(loose),
+           "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
+           "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
+           "unanswered_frac": mean(records, "unanswered"), "switches": mean(records, "switches")}
     for k in [2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples]:
-        metrics[f"pass@{k}"] = sum(pass_at_k(c, num_samples, k) for c in counts) / len(counts)
-    return metrics
+        row[f"pass@{k}"] = sum(pass_at_k(c, num_samples, k) for c in counts) / len(counts)
+    return row
 
 
-def settings(given):
-    return [f"{name}={value}" for name, value in given.items()]
+def describe(name, data, mode, script, given, policy, problems, cfg):
+    """What decides a result: the first line of its part file, the first fields of its .json."""
+    asked = repr([(p["prompt_ids"], p["answer"]) for p in problems]).encode()
+    told = ("model", "out_dir", "num_prompts")  # above; of no effect, both
+    return {"model": name, "data": data, "mode": mode, "script": script.METHOD, "given": given,
+            "train_seed": checkpoint_settings(cfg.model).get("seed"),
+            "model_sha": weights_fingerprint(policy), "n": len(problems),
+            "data_sha": hashlib.sha256(asked).hexdigest()[:16], "torch": torch.__version__,
+            "seed": cfg.seed, "ranks_with_noise": 0 if cfg.greedy else dist.get_world_size(),
+            **{f"--{field}": v for field, v in vars(cfg).items() if field not in told}}
 
 
-def result_stem(folder, name, data, mode, given):
-    parts = [name.strip("/"), data, mode, *settings(given)]
-    return folder / re.sub(r"[^\w.=-]+", "-", ".".join(parts))
+def open_results(stem, header, places, size):
+    """What `stem` holds -> row of a complete set, or records to go on from, or why it cannot.
+
+    places: (index, sample) of every record in the order of decoding, `size` of them a chunk. What
+    follows the last complete chunk, say a torn line, is cut off the part file.
+    """
+    done, part = Path(f"{stem}.json"), Path(f"{stem}.part.jsonl")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    lines = re.findall(rb".*\n", part.read_bytes()) if part.exists() else []
+    if not done.exists() and not lines:
+        part.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return []
+    saved = read_json(done) if done.exists() else json.loads(lines[0])
+    for key, value in header.items():
+        if saved.get(key) != value:
+            return (f"{done if done.exists() else part}: is another evaluation, {key} "
+                    f"{saved.get(key)!r} there and {value!r} here; name another --out")
+    if done.exists():
+        print(f"{done}: complete, not decoded again", flush=True)
+        return saved
+    records = [json.loads(line) for line in lines[1:]]
+    good = [(r["index"], r["sample"]) == place for r, place in zip(records, places)]
+    count = [*good, False].index(False)
+    count -= count % size if count < len(places) else 0
+    os.truncate(part, sum(map(len, lines[: 1 + count])))
+    print(f"{part}: goes on after {count} of {len(places)} completions", flush=True)
+    return records[:count]
 
 
 def write_results(stem, row, records):
-    """<model>.<data>.<mode>.<flags>.jsonl with every completion, .json with the numbers."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{stem}.jsonl", "x", encoding="utf-8") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
-    with open(f"{stem}.json", "x", encoding="utf-8") as f:
-        json.dump(row, f, indent=1)
+    """<model>.<data>.<mode>.<flags>.jsonl with every completion; then .json with the numbers."""
+    for end, texts in (("jsonl", map(json.dumps, records)), ("json", [json.dumps(row, indent=1)])):
+        partial = Path(f"{stem}.{end}.partial")
+        partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        partial.replace(f"{stem}.{end}")
+    Path(f"{stem}.part.jsonl").unlink()
 
 
-def print_table(rows):
-    columns = [*COLUMNS, *(key for key in rows[-1] if key.startswith("pass@"))]
-    labels = [" ".join((row["model"], row["data"], row["mode"], *settings(row["given"])))
-              for row in rows]
-    width = max(map(len, labels))
-    print(" " * width, *(f"{name:>15}" for name in columns))
-    for label, row in zip(labels, rows):
-        cells = (f"{row[c]:15d}" if isinstance(row[c], int) else f"{row[c]:15.3f}" for c in columns)
-        print(f"{label:{width}}", *cells)
+def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
+    """Decode a data set in chunks, after what `stem` ("" = no files) holds -> row, None if stopped.
+
+    A chunk is whole batches of all ranks in the order of `script.evaluate`, so the same problems
+    are decoded together as in one call; its noise is a function of (seed, data, start, rank).
+    """
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]))
+    rank, world_size, samples = dist.get_rank(), dist.get_world_size(), cfg.num_samples
+    # one batch if alone; ranks wait for each other after a chunk, which 8 batches make cheap
+    size, held = cfg.eval_batch * (8 * world_size if world_size > 1 else 1), [[]]
+    if stem and rank == 0:
+        places = list(itertools.product(order, range(samples)))
+        held = [open_results(stem, header, places, size * samples)]
+    dist.broadcast_object_list(held)
+    records = fail(held[0]) if isinstance(held[0], str) else held[0]
+    if isinstance(records, dict):
+        return records
+    for start in range(len(records) // samples, len(order), size):
+        chosen = order[start : start + size]
+        rng = make_rng(policy.table.weight.device, cfg.seed, "eval", header["data"], start, rank)
+        found = script.evaluate(policy, tokenizer, [problems[i] for i in chosen], cfg, rng)
+        if script.stop_agreed():
+            return None
+        records += [{**r, "index": chosen[r["index"]], "marker": cfg.answer_marker}
+                    for r in found["records"]]
+        if stem and rank == 0:
+            with open(f"{stem}.part.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(r) + "\n" for r in records[start * samples :])
+    records.sort(key=lambda r: (r["index"], r["sample"]))
+    row = {**header, **summarise(records, samples)}
+    if stem and rank == 0:
+        write_results(stem, row, records)
+    return row
 
 
-# === 3. learning curves ===========================================================================
+# === 3. tables and figures ========================================================================
+
+
+def group(row):
+    """Row that --out wrote -> (model without the seed at its end, mode and flags), data, seed."""
+    seed = row.get("train_seed", r"\d+")  # the 32 of grpo-tau-32 is none
+    parts = re.fullmatch(rf"(.+?)-s?({seed})((/step_\d+)?(/hf)?)/*", row["model"])
+    model, seed = (parts[1] + parts[3], parts[2]) if parts else (row["model"], "none")
+    flags = [f"{k}={v}" for k, v in row["given"].items() if k != "eval_batch"]
+    return " ".join([model, *[row["mode"]] * (row["mode"] != "trained"), *flags]), row["data"], seed
+
+
+def print_table(groups):
+    """Markdown table of {(model, data): rows that differ in their seed}."""
+    names = {name for rows in groups.values() for name in rows[0] if name.startswith("pass@")}
+    columns = ["accuracy", *sorted(names, key=lambda name: int(name[5:])), *COLUMNS]
+    lines = [["model", "data", "n", "seeds", *(name.replace("_", " ") for name in columns)]]
+    for (model, data), rows in groups.items():
+        means = [f"{mean(rows, c):.3f}" if all(c in row for row in rows) else "" for c in columns]
+        scores, error = [row["accuracy"] for row in rows], rows[0]["stderr"]
+        means[0] += f" ± {statistics.stdev(scores) if len(rows) > 1 else error:.3f}"
+        lines.append([model.replace("|", r"\|"), data, f"{rows[0]['n']}", f"{len(rows)}", *means])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
+        print("|", " | ".join(map(str.ljust, line, widths)), "|")
+    print("\naccuracy ± sample std over seeds, or, of one seed, ± standard error over n problems")
+
+
+def table(files):
+    """Print the table of .json files that --out wrote; models that differ in the seed are one."""
+    groups = {}
+    for file in files or [fail("--table: name .json files that --out wrote")]:
+        row = read_json(file)
+        if not {"model", "data", "mode", "given", "accuracy", "stderr", "n"} <= row.keys():
+            fail(f"{file}: is no .json that --out wrote")
+        *key, seed = group(row)
+        rows = groups.setdefault(tuple(key), {})
+        if seed in rows or any(row["n"] != other["n"] for other in rows.values()):
+            fail(f"{file}: {' on '.join(key)} is there with seed {seed}, or with another n")
+        rows[seed] = row
+    print_table({key: [*rows.values()] for key, rows in groups.items()})
+
+
+def read_json(file):
+    try:
+        value = json.loads(Path(file).read_bytes())
+    except (OSError, ValueError) as error:
+        fail(f"{file}: {error}")
+    return value if isinstance(value, dict) else {}
+
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe-Ito
 MARKERS = "os^Dv*X"  # a second way to tell curves apart; the next line style after seven
 
 
-def parse_plot_args(argv):
-    parser = argparse.ArgumentParser(
-        usage="eval.py plot RUN [RUN ...] --out FILE.png [--y METRIC]", allow_abbrev=False,
-        description="Curves of a metric, one for all seeds of a run; NAME-0, NAME-s1 are seeds of "
-        "NAME. Writes the numbers beside the figure, as .json, which RUN may be too. With the "
-        ".json files that --out wrote: pass@k.")
-    parser.add_argument("runs", nargs="+", help="run folders, or .json files of such a figure")
-    parser.add_argument("--y", default="", help="metric of the evaluation or else training rows "
-                        "of metrics.jsonl (accuracy, or that of the .json)")
-    parser.add_argument("--out", required=True, help="figure to write: .png, .pdf or .svg")
-    args = parser.parse_args(argv)
-    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--out {args.out}: must end in .png, .pdf or .svg")
-    return args
-
-
-def read_curve(folder, y):
+def read_curve(folder, y, suffix=""):
     """Run folder -> {"run", "label" (run without seed), "seed", "method", "steps", "values"}."""
     path = Path(folder)
     if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
         fail(f"{folder}: is not a run folder; it lacks config.json or metrics.jsonl")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a live run: half a line
+    text = (path / "metrics.jsonl").read_text(encoding="utf-8")  # a live run's ends in half a line
+    rows = [json.loads(line) for line in re.findall(r".*\n", text)]
     kind = "eval" if any(y in row for row in rows if row["kind"] == "eval") else "train"
     points = [(row["step"], float(f"{row[y]:.6g}")) for row in rows
               if row["kind"] == kind and isinstance(row.get(y), int | float)]
@@ -227,95 +305,113 @@ def read_curve(folder, y):
         numbers = {k for row in rows for k, v in row.items() if isinstance(v, int | float)}
         fail(f"{folder}: has no {y}; it has {', '.join(sorted(numbers - {'step'}))}")
     name, seed = path.resolve().name, config["seed"]
-    return {"run": name, "label": re.sub(rf"-s?{seed}$", "", name), "seed": seed,
+    return {"run": name, "label": re.sub(rf"-s?{seed}$", "", name) + suffix, "seed": seed,
             "method": config["method"], "steps": [s for s, _ in points],
             "values": [v for _, v in points]}
 
 
-def pass_curve(row):
-    """Row that --out wrote -> the same for its pass@k, k = 1, 2, 4, ...; label: mode and flags."""
-    points = {1: row["accuracy"], **{int(k[5:]): v for k, v in row.items() if k[:5] == "pass@"}}
-    given = {k: v for k, v in row["given"].items() if k not in ("num_samples", "eval_batch")}
-    label = " ".join([Path(row["model"]).name, *settings(given)])
-    return {"run": row["model"], "label": label, "seed": row["seed"], "method": row["script"],
-            "steps": list(points), "values": [float(f"{v:.6g}") for v in points.values()]}
+def result_curve(file, row, y, x):
+    """Row that --out wrote -> the same: pass@k over k = 1, 2, 4, ... or, with x, a single point."""
+    found = {k: float(f"{row[k]:.6g}") for k in row if type(row[k]) in (int, float)}
+    for name in {x, y} - found.keys() if x else ():
+        fail(f"{file}: has no {name}; it has {', '.join(k for k in sorted(found) if k[0] != '-')}")
+    if x:
+        model, data, seed = group(row)
+        label, points = f"{model}, {data}", {found[x]: found[y]}
+    else:
+        given = {k: v for k, v in row["given"].items() if k not in ("num_samples", "eval_batch")}
+        name, seed = Path(row["model"]).name, row["seed"]
+        label = " ".join([name, *(f"{k}={v}" for k, v in given.items())])
+        passes = {int(k[5:]): v for k, v in found.items() if k[:5] == "pass@"}
+        points = {1: found["accuracy"], **passes}
+    return {"run": row["model"], "label": label, "seed": seed, "method": row["script"],
+            "steps": [*points], "values": [*points.values()]}
 
 
-def read_curves(sources, y):
-    """Run folders, .json files of figures, .json files of --out -> (metric, list of curves)."""
+def read_curves(sources, y, x=""):
+    """Run folders, .json files of figures or of --out -> (y, curves, x); x "" = steps or k."""
     runs = []
     for source in sorted(sources, key=lambda source: not source.endswith(".json")):
-        if source.endswith(".json"):
-            try:
-                figure = json.loads(Path(source).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                fail(f"{source}: {error}")
-            if "given" in figure:
-                figure = {"y": "pass@k", "runs": [pass_curve(figure)]}
-            if "runs" not in figure or (y or figure["y"]) != figure["y"]:
-                fail(f"{source}: does not hold curves{y and ' of ' + y}")
-            y, runs = figure["y"], runs + figure["runs"]
-        else:
-            y = y or "accuracy"
-            runs.append(read_curve(source, y))
+        metric = y or "accuracy"
+        if not source.endswith(".json"):
+            found = [(name, f" {name}" * ("," in metric)) for name in metric.split(",")]
+            figure = {"y": metric, "runs": [read_curve(source, *pair) for pair in found]}
+        elif "given" in (figure := read_json(source)):
+            curve = result_curve(source, figure, metric, x)
+            figure = {"y": metric if x else "pass@k", "x": x, "runs": [curve]}
+        if not runs:  # the first one decides what was not asked for
+            y, x = y or figure.get("y", ""), x or figure.get("x", "")
+        if "runs" not in figure or (figure["y"], figure.get("x", "")) != (y, x):
+            fail(f"{source}: does not hold curves{y and f' of {y}'}{x and f' over {x}'}")
+        runs += figure["runs"]
     names = [(run["label"], run["seed"]) for run in runs]
-    for label, seed in names:
-        if names.count((label, seed)) > 1:
-            fail(f"{label}, seed {seed}: is there twice; rename one run folder")
-    return y, runs
+    for label, seed in (name for name in names if names.count(name) > 1):
+        fail(f"{label}, seed {seed}: is there twice; rename one run folder")
+    return y, runs, x
 
 
-def draw_curves(y, runs, file):
-    """Mean over the seeds of each label, at the steps that all of them have; band: min to max."""
+def draw_curves(y, runs, file, x=""):
+    """Mean over the seeds of each label, at the steps all have (x: at its mean); band: min-max."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         fail("plot needs matplotlib: pip install matplotlib")
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for number, label in enumerate(dict.fromkeys(run["label"] for run in runs)):
+    axes = figure.add_subplot(axisbelow=True)
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    for number, label in enumerate(labels):
         curves = [dict(zip(r["steps"], r["values"])) for r in runs if r["label"] == label]
+        if x:
+            middle = sum(step for curve in curves for step in curve) / len(curves)
+            curves = [{middle: value} for curve in curves for value in curve.values()]
         steps = sorted(set.intersection(*map(set, curves)))
         if not steps:
             fail(f"{label}: its seeds have no step in common")
         values = [[curve[step] for curve in curves] for step in steps]
         colour, style = COLOURS[number % 7], ("-", "--", ":")[number // 7 % 3]
-        seeds = f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
-        axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, linewidth=1.8,
-                  marker=MARKERS[number % 7], markersize=5, markevery=max(1, len(steps) // 12),
-                  label=label + seeds)
-        if len(curves) > 1:
+        label += f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
+        axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, lw=1.8, ms=5,
+                  marker=MARKERS[number % 7], markevery=max(1, len(steps) // 12), label=label)
+        if len(curves) > 1:  # a polygon of no width still has an edge
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour,
-                              alpha=0.18, linewidth=0)
-    axes.set_xlabel("training step" if y != "pass@k" else "k, samples per problem", fontsize=12)
-    if y == "pass@k":
+                              alpha=0.5 if x else 0.18, linewidth=2 if x else 0)
+    steps = "training step" if y != "pass@k" else "k, samples per problem"
+    axes.set_xlabel(x.replace("_", " ") or steps, fontsize=12)
+    axes.set_ylabel(y.replace("_", " ").replace(",", ", "), fontsize=12)
+    if y == "pass@k" and not x:
         ticks = sorted({step for run in runs for step in run["steps"]})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, ticks)
-    axes.set_ylabel(y.replace("_", " "), fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(color="0.9")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    widest = max(len(run["label"]) for run in runs)
-    several = len({run["label"] for run in runs}) < len(runs)
-    figure.legend(loc="outside upper center", ncols=max(1, min(3, 70 // (widest + 9))),
-                  fontsize=10, frameon=False,
-                  title="mean over seeds; band: lowest to highest" if several else None,
-                  title_fontsize=9)
+    title = f"mean over seeds; {'bar' if x else 'band'}: lowest to highest"
+    figure.legend(loc="outside upper center", fontsize=10, frameon=False, title_fontsize=9,
+                  ncols=max(1, min(3, 70 // (max(map(len, labels)) + 9))),
+                  title=title if len(labels) < len(runs) else None)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
 
 def plot(argv):
-    args = parse_plot_args(argv)
-    data = Path(args.out).with_suffix(".json")
+    parser = argparse.ArgumentParser(
+        usage="eval.py plot RUN [RUN ...] --out FILE.png [--y METRIC] [--x METRIC]",
+        allow_abbrev=False, description="Curves of a metric over steps, one for all seeds of a run "
+        "(NAME-0, NAME-s1), or of pass@k; with --x: points. Writes the numbers too, as .json.")
+    parser.add_argument("runs", nargs="+", help="run folders, or .json files of --out or a figure")
+    parser.add_argument("--y", default="", help="metrics, by commas (accuracy, or the .json's)")
+    parser.add_argument("--x", default="", help="with files of --out: another metric, for points")
+    parser.add_argument("--out", required=True, help="figure to write: .png, .pdf or .svg")
+    args = parser.parse_args(argv)
+    file, data = Path(args.out), Path(args.out).with_suffix(".json")
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        fail(f"--out {file}: must end in .png, .pdf or .svg")
     if data.exists() and not data.read_text(encoding="utf-8").startswith('{"y": '):
         fail(f"{data}: exists and does not belong to a figure; give another --out")
-    y, runs = read_curves(args.runs, args.y)
-    draw_curves(y, runs, Path(args.out))
-    lines = ",\n".join(json.dumps(run) for run in runs)  # one run, one line
-    data.write_text(f'{{"y": {json.dumps(y)}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    y, runs, x = read_curves(args.runs, args.y, args.x)
+    draw_curves(y, runs, file, x)
+    text = json.dumps({"y": y, **({"x": x} if x else {}), "runs": runs})  # then: a line for a run
+    data.write_text(text.replace('{"run": ', '\n{"run": ') + "\n", encoding="utf-8")
     print(f"{len(runs)} runs: {args.out}, {data}")
 
 
@@ -325,38 +421,29 @@ def plot(argv):
 def main(argv=None):
     """Evaluate, print, write -> list of rows, one per model and data set."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["plot"]:
-        return plot(argv[1:])
+    if argv[:1] in (["plot"], ["--table"]):
+        return {"plot": plot, "--table": table}[argv[0]](argv[1:])
     args = parse_args(argv)
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
-    sets = {name: load_problems(name, "test", args.limit) for name in args.data.split(",") if name}
-    stems = {(name, data): result_stem(Path(args.out), name, data, mode, given)
-             for (name, (_, _, mode, given)), data in itertools.product(
-                 zip(args.models, asked), sets)}
-    for (name, data), stem in stems.items() if args.out else ():
-        if Path(f"{stem}.jsonl").exists():
-            fail(f"--out {args.out}: already has results of {name} on {data}; name another folder")
+    saved = [checkpoint_settings(model_folder(name)) for name in args.models]
+    own = [s.get("eval_data") or s["train"] for s in saved if s] or ["arithmetic"]
+    names = (args.data or own[0]).split(",")  # by default what the first checkpoint was trained on
+    sets = {name: load_problems(name, "test", args.limit) for name in names if name}
     rows = []
     for name, (script, cfg, mode, given) in zip(args.models, asked):
         policy = tokenizer = None  # frees the model before
         policy, tokenizer = load_policy(script, cfg)
         for data, problems in sets.items():
             encoded = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
-            rng = make_rng(policy.table.weight.device, cfg.seed, "eval", data, dist.get_rank())
-            metrics = script.evaluate(policy, tokenizer, encoded, cfg, rng)
+            header = describe(name, data, mode, script, given, policy, encoded, cfg)
+            parts = [name.strip("/"), data, mode, *(f"{k}={v}" for k, v in given.items())]
+            stem = args.out and Path(args.out, re.sub(r"[^\w.=-]+", "-", ".".join(parts)))
+            rows.append(evaluate(script, policy, tokenizer, encoded, cfg, header, stem))
             if script.stop_agreed():
-                raise SystemExit("stopped")
-            records = [{**r, "marker": cfg.answer_marker} for r in metrics.pop("records")]
-            metrics = summarise({**metrics, "records": records}, cfg.num_samples)
-            row = {"model": name, "data": data, "mode": mode, "script": script.METHOD,
-                   "given": given, "num_samples": cfg.num_samples, "greedy": cfg.greedy,
-                   "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p,
-                   "seed": cfg.seed, "dtype": cfg.dtype, "torch": torch.__version__, **metrics}
-            rows.append(row)
-            if dist.get_rank() == 0 and args.out:
-                write_results(stems[name, data], row, records)
+                how = "; the same command goes on from there" * bool(args.out)
+                raise SystemExit(1 if dist.get_rank() else f"stopped at {name} on {data}{how}")
     if dist.get_rank() == 0:
-        print_table(rows)
+        print_table({group({**row, "train_seed": None})[:2]: [row] for row in rows})
     return rows
 
 

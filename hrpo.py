@@ -503,7 +503,8 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
         "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
         "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
         "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
-        "unanswered_frac": mean(records, "unanswered"), "records": records}
+        "unanswered_frac": mean(records, "unanswered"),
+        "switches": mean(records, "switches"), "records": records}
 
 
 # === 6. plumbing ==================================================================================

@@ -29,7 +29,7 @@ torch.set_num_threads(1)  # the models are small: more threads only wait for eac
 
 gc.freeze()  # what the imports made stays: collecting after each test takes 1 ms instead of 400
 
-METHODS = ["hrpo", "lepo", "latent_grpo"]  # the scripts under test
+METHODS = ["hrpo", "lepo", "latent_grpo", "hyrea"]  # the scripts under test
 WORDS = ["<pad>", "<bos>", "<eos>", *"0123456789+-*=# abcdefgh"]
 
 

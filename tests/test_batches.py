@@ -26,7 +26,7 @@ def test_dropping_finished_rows_changes_no_greedy_token(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_completion_may_be_one_eos_long(method):
-    module, policy, cfg = build(method, eos=range(29))
+    module, policy, cfg = build(method, eos=range(40))
     batch = draw(module, policy, cfg)
     assert batch["completion_ids"].shape[1] == 1 and batch["finished"].all()
     gap = score(policy, batch) - batch["rollout_logprobs"]

@@ -16,7 +16,8 @@ from runs import OFF, flags, rows, train, tree
 EXTRA = {  # metrics of the method
     "hrpo": {"gate_a", "hidden_ratio", "hidden_ratio_decay_only"},
     "lepo": {"mixture_size", "survivors", "top_is_shown"},
-    "latent_grpo": {"margin", "crossed_frac", "top_weight"}}
+    "latent_grpo": {"margin", "crossed_frac", "top_weight"},
+    "hyrea": {"latent_size", "switch_entropy", "latent_reward"}}
 ELSEWHERE = {"device", "dtype", "preset"}  # "auto" fields that no preset sets
 
 
@@ -127,9 +128,9 @@ TRAIN = ("kind step reward correct format_ok zero_std_frac length latent_steps t
          "entropy ratio_max logprob_gap grad_norm lr tokens_per_s_rollout tokens_per_s_update "
          "peak_mem_gib seconds skipped")
 EVAL = ("kind step accuracy n stderr latent_steps visible_tokens total_length truncated_frac "
-        "format_ok unanswered_frac seconds")
+        "format_ok unanswered_frac switches seconds")
 SAMPLE = ("kind step question completion extracted gold unanswered correct format_ok truncated "
-          "length latent_steps latent_spans reward")
+          "length latent_steps switches latent_spans reward")
 
 
 @pytest.mark.parametrize("more", ["", "OFF --kl_coef 0"])

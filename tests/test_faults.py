@@ -67,7 +67,7 @@ def test_without_any_valid_checkpoint_a_run_says_so_and_starts_again(
     for folder in run.glob("step_*"):
         cut(folder / "trainer.pt")
     assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
-    assert "starting from the beginning" in capsys.readouterr().err
+    assert "starting at the beginning" in capsys.readouterr().err
     assert len([*run.glob("*.invalid")]) == 2
     assert differences(run / "step_000004", tmp_path / "whole" / "step_000004") == []
     assert rows(run) == rows(tmp_path / "whole")

@@ -73,7 +73,9 @@ def test_embedding_rows_beyond_the_tokenizer_are_never_sampled(method, tmp_path,
     policy = script.Policy(*common.load_model(folder), cfg)
     rng = common.make_rng("cpu", 0)
     batch = script.rollout(policy, [[1, 4, 13, 5, 15]], cfg, rng, 32, greedy="greedy" in more)
-    assert batch["completion_ids"].max() < len(tokenizer) < lm.lm_head.weight.shape[0]
+    known = policy.lm.num_tokens  # the tokenizer's, and what the method adds to it
+    assert batch["completion_ids"].max() < known < lm.lm_head.weight.shape[0]
+    assert known - len(tokenizer) == (3 if method == "hyrea" else 0)
     assert policy(batch)["logprobs"].exp().max() <= 1
 
 

@@ -58,6 +58,8 @@ def test_a_metric_of_the_training_rows_is_drawn_if_evaluations_lack_it(runs, tmp
     pytest.importorskip("matplotlib")
     figure = draw(tmp_path, runs[0], "--y", "reward")
     assert figure["runs"][0]["steps"] == [1, 2] and figure["runs"][0]["values"] == [0.25, 0.35]
+    figure = draw(tmp_path, runs[0], "--y", "reward,accuracy", out="figures/b.png")
+    assert [run["label"] for run in figure["runs"]] == ["lepo reward", "lepo accuracy"]
 
 
 def test_the_numbers_beside_a_figure_draw_it_again(runs, tmp_path):
@@ -131,3 +133,51 @@ def test_results_of_out_become_pass_at_k_curves(tmp_path):
     assert figure["y"] == "pass@k" and run["label"] == "a noise_scale=0.5"
     assert run["steps"] == [1, 2, 4] and run["values"] == [0.25, 0.5, 0.75]
     assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def test_x_draws_a_point_for_each_group_of_models(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    files = []
+    for model, seed, accuracy, length in (("runs/a-0", 0, 0.5, 10), ("runs/a-1", 1, 0.9, 14.0),
+                                          ("tiny", None, 0.25, 13.0)):
+        files.append(tmp_path / f"{model[-1]}.json")
+        files[-1].write_text(json.dumps({
+            "model": model, "data": "d", "mode": "trained", "script": "lepo", "given": {},
+            "seed": 0, "train_seed": seed, "accuracy": accuracy, "total_length": length,
+            "--lr": 1.0, "pass@2": 0.5}))
+    drawn, save = [], figure.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure.Figure, "savefig", lambda self, file: (
+            drawn.append(self), save(self, file)))
+        first = draw(tmp_path, *files, "--x", "total_length")
+    assert (first["y"], first["x"]) == ("accuracy", "total_length")
+    assert first["runs"][1] == {"run": "runs/a-1", "label": "runs/a, d", "seed": "1",
+                                "method": "lepo", "steps": [14.0], "values": [0.9]}
+    axes = drawn[0].axes[0]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    assert points == [pytest.approx((12.0, 0.7)), (13.0, 0.25)]
+    bar, = axes.collections  # none for one seed
+    assert bar.get_paths()[0].vertices[:, 1].min() == 0.5
+    assert bar.get_paths()[0].vertices[:, 1].max() == 0.9
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("total length", "accuracy")
+    assert draw(tmp_path, tmp_path / "figures/a.json", out="b.png") == first
+    assert (tmp_path / "figures/a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    curves = draw(tmp_path, files[0], out="c.png")  # without --x: pass@k, as ever
+    assert curves["y"] == "pass@k" and "x" not in curves
+    other = draw(tmp_path, *files, "--x", "accuracy", "--y", "pass@2", out="d.png")
+    assert other["runs"][0]["steps"] == [0.5] and other["y"] == "pass@2"
+
+
+def test_x_that_cannot_be_drawn_is_refused_in_one_line(runs, tmp_path, capsys):
+    row = {"model": "m", "data": "d", "mode": "trained", "script": "lepo", "given": {}, "seed": 0,
+           "accuracy": 0.5, "greedy": True, "--lr": 1.0}
+    (tmp_path / "r.json").write_text(json.dumps(row))
+    out = ("--out", tmp_path / "a.png")
+    for x in ("nonsense", "greedy", "data"):
+        assert refusal(capsys, tmp_path / "r.json", "--x", x, *out).endswith(
+            f"r.json: has no {x}; it has accuracy, seed")
+    assert "over seed" in refusal(capsys, runs[0], "--x", "seed", *out)
+    assert "is there twice" in refusal(
+        capsys, tmp_path / "r.json", tmp_path / "r.json", "--x", "seed", *out)
+    (tmp_path / "f.json").write_text('{"y": "accuracy", "runs": []}')
+    assert "over seed" in refusal(capsys, tmp_path / "f.json", "--x", "seed", *out)

@@ -13,7 +13,8 @@ from common import lm_logits, make_rng, select_rows
 torch.set_num_threads(1)  # models this small lose a factor of ten to thread switching
 CHANGES = {  # strong mixing, so that an error in it is visible
     "hrpo": dict(r_min=0.2, r_max=0.9), "lepo": dict(latent_steps=5, latent_tau=0.7),
-    "latent_grpo": dict(latent_top_k=4, latent_tau=2.0)}
+    "latent_grpo": dict(latent_top_k=4, latent_tau=2.0),
+    "hyrea": dict(latents_per_step=1, latent_rms=False)}
 BY_MARKER = ["hrpo"]  # methods whose thinking ends at the marker in the decoded text
 EOS = (2, 5, 8, 11)  # ids that end a completion; a random model hits one of them soon
 HASHES = ["#", "##", "###", "a#", "#b", "##c", "d", "e", " "]
@@ -40,6 +41,9 @@ def build(method, kind="llama", tokenizer=None, eos=EOS, pad=0, seed=0, **change
     for name, p in policy.named_parameters():
         if not name.startswith(("lm.", "table.")) and p.dim() > 1:
             p.data.mul_(20)
+    if method == "hyrea":
+        # an id that random models sample often, as the real one is not
+        policy.start_id = policy.markers[0] = 14
     return module, policy, cfg
 
 
@@ -129,7 +133,16 @@ def latent_grpo_input(policy, cfg, logits, ids, step, last, noise):
     return sum(x * E[i] for x, i in zip(w / w.sum(), kept))
 
 
-NAIVE_INPUT = {"hrpo": hrpo_input, "lepo": lepo_input, "latent_grpo": latent_grpo_input}
+def hyrea_input(policy, cfg, logits, ids, step, last, noise):
+    """The last hidden state in the c slots after <start-latent>, else the token."""
+    latent = policy.start_id in ids[-1 - cfg.latents_per_step : -1]
+    assert latent == (ids[-1] == policy.latent_id)
+    assert bool(step["latent_mask"]) == (latent and not last)
+    return step["hidden"] if latent else policy.table.weight.detach()[ids[-1]]
+
+
+NAIVE_INPUT = {"hrpo": hrpo_input, "lepo": lepo_input, "latent_grpo": latent_grpo_input,
+               "hyrea": hyrea_input}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -173,6 +186,7 @@ def test_hidden_states_equal_a_naive_loop_over_single_unpadded_rows(method, kind
                 torch.testing.assert_close(hidden[row, t], states, rtol=1e-5, atol=1e-5)
                 logits = (policy.lm.get_output_embeddings().weight @ states)[: policy.lm.num_tokens]
                 step = {n: v[row, t] for n, v in batch.items() if v.dim() > 1 and "prompt" not in n}
+                step["hidden"] = states
                 place = int((batch["lengths"][:row] > t).sum())  # among the rows alive at t
                 g = noise[t][place].double() if t < len(noise) else None
                 inputs.append(NAIVE_INPUT[method](

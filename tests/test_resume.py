@@ -61,7 +61,10 @@ def test_the_reference_after_a_resume_is_the_original_model(method, model, tmp_p
     original = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert len(seen) == 2
     for reference in seen:
-        assert all(torch.equal(original[k], v) for k, v in reference.state_dict().items())
+        for k, v in reference.state_dict().items():
+            rows = 29 if "embed" in k or "lm_head" in k else None  # hyrea sets those of its markers
+            assert torch.equal(original[k][:rows], v[:rows])
+            assert torch.equal(seen[0].state_dict()[k], v)
 
 
 TWICE = """
@@ -186,8 +189,11 @@ def test_a_dry_run_writes_nothing(method, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note").write_text("mine")
-    before = tree(tmp_path)
+    before, script, draws = tree(tmp_path), import_module(method), []
+    rollout = script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *args: draws.append(0) or rollout(*args))
     for out in ("new", "used"):
-        assert train(method, flags(model, out, "--dry_run")) == {}
+        assert train(method, flags(model, out, "--dry_run --max_extra_rollouts 2")) == {}
         assert "peak memory" in capsys.readouterr().out
+    assert len(draws) == 2  # groups of equal rewards draw no more
     assert tree(tmp_path) == before

@@ -1,0 +1,1229 @@
+"""HyRea: a model that skips its predictable steps, thinking them in hidden states instead of text.
+
+Paper    HyRea, OpenReview poster (ICLR 2026). No code and no full text is public: [stage 1] marks
+         what its abstract and reviews say of stage 1, [stage 2] of stage 2, [ours] what we settled.
+Idea     A chain of thought has steps that the model can foresee (low entropy) and steps that it
+         must work out. The former become <start-latent> c x <latent> <end-latent>: at a latent slot
+         the input is the last hidden state, no token. When to switch is learned, by RL too.
+GRPO +   1. the hidden state that decided a position is the next input          next_input
+         2. updates recompute latents with gradient, round by round             Policy.hidden
+         3. latents and the forced <end-latent> are no choices: not in the loss Policy.forward
+         4. reward = accuracy + format + use of latents                         reward
+Start    cold start, section 2b: the k least uncertain steps of written chains  replace_steps
+         are replaced, k and the data grow by the round                         cold_start
+Differs  what the authors did not publish is ours: docs/hyrea.md tells the two apart.
+Run      python hyrea.py                            # both stages, tiny model, two CPU cores
+         python hyrea.py --replace random           # the ablation: any steps, not foreseeable ones
+         python hyrea.py --max_replaced_steps 0     # the explicit baseline: written chains, GRPO
+"""
+
+import argparse
+import copy
+import dataclasses
+import gc
+import hashlib
+import inspect
+import math
+import os
+import re
+import signal
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import AddedToken
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from common import (
+    autocast, candidate_scores, checkpoint_settings, completion_hidden, completion_logprobs,
+    encode_prompts, fail, find_resume, frozen_copy, grade, join_batches, latest_checkpoint,
+    left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
+    lock_run, log_rows, lora_disabled, make_rng, mean, micro_batches, open_run, peak_memory,
+    save_checkpoint, select_rows, warn, weights_fingerprint)
+
+METHOD = Path(__file__).stem
+
+# === 1. config ====================================================================================
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting; each is a command-line flag of the same name."""
+
+    # model and data
+    model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
+    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
+    train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
+    eval_data: str = ""  # evaluation problems; "" = the test split of --train
+    answer_marker: str = "auto"  # text that ends the thinking and opens the answer
+    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    seed: int = 0  # all randomness is a function of it, the step and the rank
+    device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
+    dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
+    # rollout
+    steps: int = "auto"  # rollout phases, each followed by its updates
+    num_prompts: int = "auto"  # problems in a step, over all ranks
+    group_size: int = "auto"  # completions per problem, G
+    max_extra_rollouts: int = 0  # further draws a step to replace groups of equal rewards
+    max_prompt_length: int = "auto"  # tokens; longer prompts are dropped and counted
+    max_completion_length: int = "auto"  # tokens, latent steps included
+    temperature: float = "auto"  # of sampling, > 0
+    top_k: int = "auto"  # sample among the k likeliest ids; 0 = all
+    top_p: float = 1.0  # then in this nucleus; 1 = off
+    # update
+    lr: float = "auto"  # AdamW learning rate of the language model
+    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
+    weight_decay: float = "auto"  # decoupled, on matrices and gates
+    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
+    max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
+    clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
+    kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
+    update_epochs: int = 1  # passes over a rollout
+    minibatches: int = 1  # updates in a pass
+    micro_batch: int = "auto"  # sequences in one forward pass on one rank
+    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
+    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
+    # evaluation and records
+    eval_every: int = "auto"  # steps; also before the first and after the last
+    eval_limit: int = "auto"  # problems; 0 = all
+    eval_batch: int = "auto"  # problems decoded together on one rank
+    num_samples: int = 1  # completions per evaluation problem
+    greedy: bool = True  # evaluate with argmax instead of sampling
+    save_every: int = "auto"  # steps; also after the last
+    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
+    print_every: int = 50  # steps between printed sample completions
+    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of the newest
+    stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
+    dist_timeout: int = 30  # minutes a rank waits for the slowest one
+    # the method
+    stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [ours]
+    max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
+    latents_per_step: int = "auto"  # latent slots in a span, c; the paper's 8 fails [fig. 7]
+    replace: str = "entropy"  # or random; all: from the first on, one more a round [stage 1]
+    max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
+    end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
+    latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
+    replay_latents: bool = False  # stored latents, constants: gradient off by 7-49 % (tiny) [ours]
+    reward_accuracy: float = 1.0  # weight of a right answer [stage 2; ours]
+    reward_format: float = 0.2  # weight of exactly one marker and an end [stage 2; ours]
+    reward_latent: float = 0.2  # weight of using latents [stage 2; ours]
+    latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
+    # the cold start
+    sft_steps: int = "auto"  # updates, over all rounds [ours]
+    sft_rounds: int = 10  # each with 1/10 more of the data, one more step replaced [stage 1]
+    sft_batch: int = "auto"  # demonstrations in an update, over all ranks [ours]
+    sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
+    sft_save_every: int = "auto"  # updates of the cold start [ours]
+    marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
+    label_ends: bool = "auto"  # label <end-latent> even where it is forced [stage 1; tiny: off]
+    entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            self.warmup_steps = round(0.1 * self.steps)
+        may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
+                    "lora_rank", "eval_limit", "stop_after", "max_replaced_steps",
+                    "latents_per_step")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_0)
+            if f.type in (int, float) and not value >= least:
+                fail(f"--{f.name} {value}: must be at least {least}")
+        if self.group_size < 2:
+            fail(f"--group_size {self.group_size}: advantages need 2 or more completions a problem")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            fail(f"--temperature {self.temperature}, --top_p {self.top_p}: want > 0 and in (0, 1]")
+        if self.lora_rank and self.train_embeddings:
+            fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
+        if not self.answer_marker:
+            fail("--answer_marker: must not be empty")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
+        if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
+            fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
+        for name, values in (("stage", "sft rl all"), ("replace", "entropy random all"),
+                             ("end_latent", "forced sampled"), ("latent_reward", "any frac")):
+            if getattr(self, name) not in values.split():
+                fail(f"--{name} {getattr(self, name)}: must be one of {values}")
+        if self.latents_per_step > 4:
+            warn(f"--latents_per_step {self.latents_per_step}: the paper finds 8 far worse than 1")
+        if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
+            fail(f"--train {self.train}: a file has no test split; name --eval_data")
+
+
+PRESETS = {
+    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
+        train="arithmetic-restated:3", answer_marker="</think>", steps=120, num_prompts=16,
+        group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
+        lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
+        eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
+        latents_per_step=1, latent_rms=False, sft_steps=800, sft_batch=64, sft_lr=2e-3,
+        sft_save_every=400, label_ends=False, entropy_once=True),
+    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
+        train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
+        max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
+        weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
+        eval_every=100, eval_limit=200, eval_batch=64, save_every=250, max_replaced_steps=5,
+        latents_per_step=1, latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5,
+        sft_save_every=250, label_ends=True, entropy_once=False),
+}
+
+# === 2. the method ================================================================================
+
+NEEDS_OLD_LOGPROBS = True  # a ratio and a clip: several updates per rollout make sense
+PLAIN = {"max_replaced_steps": 0}  # the Config values that switch the method off
+METHOD_METRICS = ("latent_size", "switch_entropy")
+MARKERS = ("<start-latent>", "<end-latent>", "<latent>")
+
+
+def pick(states, columns):
+    """states [B, S, H], columns [B, T] -> [B, T, H], in each row the states at its columns."""
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class FreeHead:
+    """The head of lm, by which some ids have no probability: all that completion_logprobs needs."""
+
+    def __init__(self, lm, banned):
+        self.head, self.banned, self.num_tokens = lm.get_output_embeddings(), banned, lm.num_tokens
+
+    def get_output_embeddings(self):
+        return self
+
+    def __call__(self, hidden):
+        return self.head(hidden).index_fill(-1, self.banned, -1e4)  # -inf: no entropy
+
+
+class Policy(nn.Module):
+    """Language model with three more tokens. forward re-scores a rollout; DDP wraps this module."""
+
+    def __init__(self, lm, tokenizer, cfg):
+        super().__init__()
+        start = checkpoint_settings(cfg.model)
+        knows_markers = start.get("max_replaced_steps", 0) > 0  # ours, or a fork's
+        if cfg.max_replaced_steps:  # not special tokens: they are visible in the graded text
+            tokenizer.add_tokens([AddedToken(m, normalized=False) for m in MARKERS])
+            lm.num_tokens = len(tokenizer)
+            if lm.num_tokens > lm.get_input_embeddings().num_embeddings:  # else: spare rows
+                lm.resize_token_embeddings(lm.num_tokens, mean_resizing=False)
+        self.lm, self.table, self.pad_id, self.cfg = lm, lm.get_input_embeddings(), lm.pad_id, cfg
+        rows = [tokenizer.get_vocab().get(m, -1) for m in MARKERS]
+        self.start_id, self.end_id, self.latent_id = rows
+        self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
+        # never a free choice; explicit models of a vocabulary with markers do not switch either
+        banned = [self.latent_id, self.end_id] + [self.start_id] * (not cfg.max_replaced_steps)
+        self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
+        outside = [i for i in range(lm.num_tokens) if i not in (self.end_id, self.latent_id)]
+        self.outside = torch.tensor(outside, device=lm.device)  # never a choice inside a span
+        self.markers = torch.tensor(rows, device=lm.device)
+        # The markers' rows learn what no other token means (<latent> only as an output); the other
+        # rows stay as they are, but for --train_embeddings.
+        for module in {self.table, lm.get_output_embeddings()}:
+            module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
+            if cfg.max_replaced_steps:
+                module.float()  # so is what learns in a bfloat16 model with adapters
+            if cfg.max_replaced_steps and not knows_markers:  # the mean row: neither likely nor not
+                module.weight.data[rows] = module.weight.data[: min(rows)].mean(0)
+            if module.weight.requires_grad and not cfg.train_embeddings:
+                module.weight.register_hook(self.only_markers)
+
+    def only_markers(self, grad):
+        """Gradient of the embedding table or head [rows, H], 0 but for the rows of the markers."""
+        return torch.zeros_like(grad).index_put((self.markers,), grad[self.markers])
+
+    def latent_input(self, hidden, lm=None):
+        """Hidden state -> the input of a latent slot, [.., H]: itself, or scaled (--latent_rms)."""
+        if not self.cfg.latent_rms:
+            return hidden
+        weight = (lm or self.lm).get_input_embeddings().weight.detach()[: self.lm.num_tokens]
+        size = weight.float().square().mean().sqrt()
+        return hidden * (size / hidden.float().square().mean(-1, keepdim=True).sqrt())
+
+    def hidden(self, batch, lm=None):
+        """The hidden states [B, T, H] that decide each completion position; gradients on.
+
+        A latent slot reads the hidden state of the slot before it, so the slots of a row are fed in
+        rounds: round n feeds the n-th latent slot and the tokens up to the next one, in all rows at
+        once, on one growing cache. Gradients run back through the chain of latents. Two rows,
+        S E markers, L latents, a-e tokens:   a S L E b S L E c  is fed as  a S | L E b S | L E c
+                                              d e S L E                     d e S | L E | (masked)
+        """
+        lm = lm or self.lm
+        table, latent = lm.get_input_embeddings(), batch["latent_mask"] & batch["completion_mask"]
+        if "latent_embeds" in batch:  # --replay_latents: constants, one pass
+            tokens = table(batch["completion_ids"])
+            embeds = torch.where(latent[..., None], batch["latent_embeds"].to(tokens.dtype), tokens)
+            return completion_hidden(lm, batch, embeds)
+        width = batch["prompt_ids"].shape[1]
+        # the last position of a completion decides nothing: not fed. S = P + T - 1 slots
+        inputs = table(torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :-1]], 1))
+        exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)  # [B, S]
+        places = (exists.long().cumsum(1) - 1).clamp(min=0)
+        turn = F.pad(latent[:, :-1], (width, 0)).cumsum(1)  # [B, S], the round of each slot
+        cache, seen = DynamicCache(), exists[:, :0]  # seen: which columns fed so far are slots
+        columns = torch.arange(exists.shape[1], device=exists.device)
+        pieces, where, last = [], torch.zeros_like(places), None  # where: column of each slot
+        for number in range(int(turn.max()) + 1):
+            now = exists & (turn == number)  # [B, S], one run of slots in a row, or none
+            count, first = now.sum(1, keepdim=True), now.int().argmax(1, keepdim=True)  # [B, 1]
+            offsets = columns[: int(count.max())]
+            slots = (first + offsets).clamp(max=len(columns) - 1)  # [B, s]
+            embeds = pick(inputs, slots)  # [B, s, H]
+            if number > 0:  # the first slot is latent: its input ends the row's round before
+                embeds = torch.cat([self.latent_input(last, lm), embeds[:, 1:]], 1)
+            where = torch.where(now, seen.shape[1] + columns - first, where)
+            seen = torch.cat([seen, offsets < count], 1)
+            pieces.append(lm_hidden(lm, embeds, seen, places.gather(1, slots), cache))
+            last = pick(pieces[-1], (count - 1).clamp(min=0))  # [B, 1, H]
+        return pick(torch.cat(pieces, 1), where[:, width - 1 :])
+
+    def opened(self, ids):
+        """ids [B, T] -> [B, T], the column of the last <start-latent> up to each; 0 if none."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return torch.where(ids == self.start_id, columns, 0).cummax(1).values
+
+    def score(self, hidden, batch, lm, labels=False):
+        """-> log-probs [B, T] of completion_ids, entropy [B, T] of the choices; 0 elsewhere.
+
+        Scored as sampled, at --temperature: a free choice is never <end-latent> or <latent>, one in
+        the c slots of a span (--end_latent sampled) is one of these two. labels: at temperature 1,
+        and <end-latent> after c slots, which is forced, and all text compete with each other.
+        """
+        ids, mask = batch["completion_ids"], batch["loss_mask"]
+        place = torch.arange(ids.shape[1], device=ids.device) - self.opened(ids)
+        inside = torch.isin(ids, self.banned) & (place <= self.cfg.latents_per_step)
+        # A forced end lies at place c + 1, so as a label it is a free choice, weighted or not.
+        never = self.banned[:1] if labels else self.banned  # labels: <latent> alone, its first id
+        temperature = self.cfg.temperature
+        free, span = (
+            completion_logprobs(FreeHead(lm, b), hidden, ids, where, 1 if labels else temperature)
+            for b, where in ((never, mask & ~inside), (self.outside, mask & inside)))
+        return free[0] + span[0], free[1] + span[1]
+
+    def forward(self, batch, labels=False):
+        """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "size" [B, T]}.
+
+        size: root mean square of the hidden state that a latent slot reads; constant.
+        """
+        with autocast(self.lm):
+            hidden = self.hidden(batch)
+            logprobs, entropy = self.score(hidden, batch, self.lm, labels)
+        size = hidden.detach().float().square().mean(-1).sqrt()
+        return {"logprobs": logprobs, "entropy": entropy, "size": size}
+
+
+def start_state(num_rows, policy, cfg):
+    """What each row remembers between steps: latent slots to come; 0 = <end-latent>, -1 = none."""
+    if not cfg.max_replaced_steps:
+        return {}
+    return {"left": torch.full((num_rows,), -1, device=policy.lm.device)}
+
+
+def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
+    """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
+
+    <start-latent> is sampled like any token. It opens a span: c slots whose input is the hidden
+    state [b, H] that decided them, then <end-latent>. Neither is a choice, so neither is scored;
+    with --end_latent sampled each of the c slots is a choice between going on and ending.
+    """
+    allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, policy.banned, False)
+    if state:
+        left = state["left"]  # [b]
+        allowed = torch.where((left >= 0)[:, None], ~allowed, allowed)  # inside: only these two
+    logits = logits.masked_fill(~allowed, -math.inf)
+    scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
+    probs = scores.softmax(-1)  # [b, K]; K = V without top-k
+    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
+    logprobs = torch.log_softmax(logits / cfg.temperature, -1)
+    record = {"loss_mask": torch.ones_like(ids, dtype=torch.bool),
+              "latent_mask": torch.zeros_like(ids, dtype=torch.bool),
+              "rollout_logprobs": logprobs.gather(1, ids[:, None])[:, 0]}
+    if not state:
+        return ids, policy.table(ids), record, state
+    sampled = left < 0 if cfg.end_latent == "forced" else left != 0
+    ids = torch.where(sampled, ids, torch.where(left == 0, policy.end_id, policy.latent_id))
+    is_latent = ids == policy.latent_id
+    latent_embeds = policy.latent_input(hidden).to(policy.table.weight.dtype)
+    embeds = torch.where(is_latent[:, None], latent_embeds, policy.table(ids))
+    left = torch.where(ids == policy.end_id, -1, (left - 1).clamp(min=-1))
+    left = torch.where(ids == policy.start_id, cfg.latents_per_step, left)
+    is_read = t + 1 < cfg.max_completion_length  # no input follows the last id: not latent
+    record.update(loss_mask=sampled, latent_mask=is_latent & is_read,
+                  rollout_logprobs=record["rollout_logprobs"].masked_fill(~sampled, 0))
+    if cfg.replay_latents:
+        record["latent_embeds"] = latent_embeds * is_latent[:, None]
+    return ids, embeds, record, {"left": left}
+
+
+@torch.no_grad()
+def reference_logprobs(policy, reference, batch, cfg):
+    """Log-probs [B, T] under the reference: a frozen copy, or (None) the model without adapters.
+
+    It reads its own latents, for they are a function of its weights and of the tokens before.
+    """
+    lm = policy.lm if reference is None else reference  # a copy keeps the adapters it was made with
+    batch = {name: value for name, value in batch.items() if name != "latent_embeds"}
+    with nullcontext() if reference else lora_disabled(lm), autocast(lm):
+        return policy.score(policy.hidden(batch, lm), batch, lm)[0]
+
+
+def kl_estimate(outputs, batch):
+    """k3 estimate [B, T] of KL(policy || reference): exp(d) - d - 1 >= 0, d = reference - now."""
+    difference = batch["ref_logprobs"] - outputs["logprobs"]
+    return torch.exp(difference) - difference - 1
+
+
+def policy_loss(outputs, batch, cfg):
+    """Loss [B, T] of each position, not yet reduced: the clipped ratio times the advantage.
+
+    ratio = exp(logprobs - old_logprobs); with one update per rollout the old ones are today's. The
+    likelihood of a completion is the product over its sampled tokens, given latents that follow
+    from the weights: leaving latents out is exact, as long as they are recomputed with gradient.
+    """
+    # paper: no KL term in the stated formula; here --kl_coef is 0 unless asked for.
+    logprobs, advantages = outputs["logprobs"], batch["advantages"]
+    ratio = torch.exp(logprobs - batch.get("old_logprobs", logprobs.detach()))
+    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if cfg.kl_coef > 0:
+        loss = loss + cfg.kl_coef * kl_estimate(outputs, batch)
+    return loss
+
+
+def param_groups(policy, cfg):
+    """Optimizer groups: matrices, vectors, embeddings; no decay of rows that are not trained."""
+    lm = [p for p in policy.lm.parameters() if p.requires_grad]
+    tables = dict.fromkeys([policy.table.weight, policy.lm.get_output_embeddings().weight])
+    tables, lm = [p for p in lm if p in tables], [p for p in lm if p not in tables]
+    decay = cfg.weight_decay if cfg.train_embeddings else 0.0
+    groups = [
+        {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+        {"params": [p for p in lm if p.dim() == 1], "lr": cfg.lr, "weight_decay": 0.0},
+        {"params": tables, "lr": cfg.lr, "weight_decay": decay}]
+    return [group for group in groups if group["params"]]
+
+
+def method_metrics(policy, outputs, batch, cfg, step):
+    """METHOD_METRICS as values [B, T], averaged over latent positions; None without latents.
+
+    latent_size: root mean square of a latent over that of the embedding table (1 with
+    --latent_rms). switch_entropy: entropy of the position where the span was opened.
+    """
+    if not cfg.max_replaced_steps:
+        return None
+    table = policy.table.weight[: policy.lm.num_tokens].float().square().mean().sqrt()
+    size = torch.ones_like(outputs["size"]) if cfg.latent_rms else outputs["size"] / table
+    return size, outputs["entropy"].gather(1, policy.opened(batch["completion_ids"]))
+
+
+# === 2b. supervised stage =========================================================================
+# A demonstration is laid out as a rollout is: steps, some of them replaced by spans, then marker,
+# answer and EOS. All have labels, both span markers too, but latent slots only if ends are sampled.
+
+
+def split_steps(text):
+    """A written chain -> its steps; joined they are the text again.
+
+    Cut after a newline, and after a full stop before white space or the end, so never inside 3.14.
+    A numeral (`2.`) and pieces below 6 characters join the next piece, the last the one before.
+    """
+    steps, held = [], ""
+    for piece in re.findall(r".*?(?:\.?\s*\n|\.(?=\s|$)|$)", text, re.S):
+        held += piece
+        if len(held.strip()) >= 6 and not re.fullmatch(r"\W*\d+\W*", held):
+            steps, held = [*steps, held], ""
+    return [*steps[:-1], "".join(steps[-1:]) + held] if held else steps
+
+
+@torch.no_grad()
+def chain_entropies(model, problems, banned=None):
+    """Of each step of each problem, the mean entropy (nats) of what predicts its tokens.
+
+    banned: ids of the span markers, left out: whether to switch is no uncertainty about the step.
+    """
+    head = model if banned is None else FreeHead(model, banned)
+    chains = [sum(p["steps_ids"], []) for p in problems]
+    batch = lay_out(chains, [p["prompt_ids"] for p in problems], model)
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    with autocast(model):
+        hidden = completion_hidden(model, batch, model.get_input_embeddings()(ids))
+        entropies = completion_logprobs(head, hidden, ids, mask)[1]
+    sizes = [[len(step) for step in p["steps_ids"]] for p in problems]
+    return [[values.mean().item() for values in row[: sum(size)].split(size)]
+            for row, size in zip(entropies.cpu(), sizes)]
+
+
+def step_entropies(model, prompt_ids, steps_ids):
+    """Mean entropy (nats) of what predicts the tokens of each step of one chain -> floats."""
+    return chain_entropies(model, [{"prompt_ids": prompt_ids, "steps_ids": steps_ids}])[0]
+
+
+def lay_out(rows, prompts, lm, latent_id=-1):
+    """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
+    ids = [torch.tensor(row, device=lm.device) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, True, lm.pad_id)
+    lengths = torch.tensor([len(row) for row in rows], device=lm.device)
+    exists = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+    batch = {"completion_ids": ids, "lengths": lengths, "completion_mask": exists,
+             "latent_mask": exists & (ids == latent_id), "loss_mask": exists & (ids != latent_id)}
+    batch["prompt_ids"], batch["prompt_mask"] = left_pad(prompts, lm.pad_id, lm.device)
+    return batch
+
+
+def replace_steps(steps, entropies, k, mode, rng=None):
+    """The steps with k of them (or all there are) replaced by None.
+
+    entropy: those of the lowest mean entropy, the first of equals; random: in an order drawn from
+    rng; all: from the first on, whatever their entropy, as Coconut's curriculum goes.
+    """
+    order = list(range(len(steps)))
+    if mode == "entropy":
+        order.sort(key=lambda i: entropies[i])
+    elif mode == "random":
+        order = torch.randperm(len(steps), generator=rng).tolist()
+    return [None if i in order[:k] else step for i, step in enumerate(steps)]
+
+
+def read_demonstrations(problems, tokenizer, lm, cfg):
+    """Problems with steps_ids and answer_ids (marker, answer, EOS); those without a chain go.
+
+    Each step is tokenised by itself, so that replacing it changes no other token. The built-in
+    task's chains and answers are a teacher's, errors included.
+    """
+    kept, eos, faults = [], tokenizer.eos_token_id, {}
+    span, most = cfg.latents_per_step + 2, round_of(cfg.sft_steps, cfg)[3]
+    for problem in problems:
+        steps = split_steps(problem["solution"] or "") or problem["steps"] or []
+        answer = cfg.answer_marker + problem.get("teacher_answer", f" {problem['answer']}")
+        answer = "\n" * bool(problem["solution"] and steps[-1][-1] != "\n") + answer
+        parts = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
+        growth = sorted((max(0, span - len(part)) for part in parts[:-1]), reverse=True)
+        length = sum(map(len, parts)) + 1 + sum(growth[:most])
+        fault = None
+        if not steps or not all(parts[:-1]):
+            fault = "no solution or steps"
+        elif cfg.answer_marker in "".join(steps):
+            fault = f"{cfg.answer_marker} inside the chain"
+        elif length > cfg.max_completion_length:  # with spans for the shortest steps
+            fault = f"over --max_completion_length {cfg.max_completion_length}"
+        if fault:
+            faults[fault] = faults.get(fault, 0) + 1
+            continue
+        kept.append({**problem, "steps_ids": parts[:-1], "answer_ids": [
+            *parts[-1], eos if eos in lm.eos_ids else lm.eos_ids[0]]})
+    if faults:
+        (warn if kept else fail)(
+            f"{len(problems) - len(kept)} of {len(problems)} problems of --train {cfg.train} "
+            f"demonstrate nothing: " + ", ".join(f"{n} {fault}" for fault, n in faults.items()))
+    return kept
+
+
+def label_weights(batch, policy, marker_weight):
+    """Weight of each label [B, T]: marker_weight at the span markers, 0 where there is none."""
+    ids = batch["completion_ids"]
+    markers = (ids == policy.start_id) | (ids == policy.end_id)
+    return batch["loss_mask"] * torch.where(markers, marker_weight, 1.0)
+
+
+def round_of(step, cfg):
+    """Curriculum -> round of a step, first step of that round, share of the data, replaced steps.
+
+    They grow by one a round, up to S, with --replace all without end; the data by equal shares.
+    """
+    number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
+    first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
+    most = cfg.max_replaced_steps * (10**9 if cfg.replace == "all" else 1)
+    return number, first, (number + 1) / cfg.sft_rounds, min(number, most)
+
+
+def sft_examples(chosen, policy, k, cfg, ranker=None):
+    """Demonstrations -> batch, with up to k steps of each chain replaced.
+
+    ranker: the language model whose entropies decide; None = today's. Today's forgets how to write
+    what it no longer writes, so the steps already replaced may come to look uncertain.
+    """
+    entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
+    if k and cfg.replace == "entropy":
+        # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
+        entropies = chain_entropies(ranker or policy.lm, chosen, policy.markers)
+    span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
+    rows = []
+    for problem, values in zip(chosen, entropies):
+        rng = make_rng("cpu", cfg.seed, "replace", problem["question"])
+        low = sum(value < (cfg.max_entropy or math.inf) for value in values)
+        steps = replace_steps(problem["steps_ids"], values, min(k, low), cfg.replace, rng)
+        rows.append(sum((step or span for step in steps), []) + problem["answer_ids"])
+    batch = lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
+    if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
+        batch["loss_mask"] = batch["completion_mask"]
+    if not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
+        batch["loss_mask"] = batch["loss_mask"] & (batch["completion_ids"] != policy.end_id)
+    return batch
+
+
+def sft_update(policy, optimizer, trained, batch, step, cfg):
+    """One supervised update on this rank's share of a batch -> (loss, gradient norm) of all ranks.
+
+    Loss: sum of weights x cross entropies over the sum of weights, both over all ranks.
+    """
+    policy.train()
+    batch["weights"] = label_weights(batch, policy, cfg.marker_weight)
+    batch["weights"] = batch["weights"] / all_reduce(batch["weights"].sum().item())
+    total = 0.0
+    rows = range(len(batch["weights"]))
+    for piece in micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens):
+        micro = select_rows(batch, piece)
+        loss = -(policy(micro, labels=True)["logprobs"] * micro["weights"]).sum()
+        loss.backward()
+        total += loss.item()
+    for p in trained:  # the losses are shares of the global mean, so gradients are summed
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+    grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
+    if not math.isfinite(grad_norm):  # the same on all ranks
+        raise SystemExit(f"cold start, step {step + 1}: no finite gradient; lower --sft_lr")
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
+    optimizer.step()
+    optimizer.zero_grad()
+    return all_reduce(total), grad_norm
+
+
+def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
+    """Supervised stage, in its own run folder -> last evaluation ({} if it was complete already).
+
+    An evaluation starts each round, and one ends the last; the rest is in round_of.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    folder = Path(cfg.out_dir, "sft" * (cfg.stage != "sft"))
+    cfg = copy.copy(cfg)
+    cfg.steps, cfg.lr, cfg.warmup_steps = cfg.sft_steps, cfg.sft_lr, round(0.05 * cfg.sft_steps)
+    groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
+    trained = [p for group in groups for p in group["params"]]
+    state, result, ranker = {"step": 0}, {}, None
+    if cfg.sft_batch < world_size:
+        fail(f"--sft_batch {cfg.sft_batch}: must be at least the number of ranks, {world_size}")
+    if rank == 0 and cfg.sft_rounds <= cfg.max_replaced_steps:
+        warn(f"--sft_rounds {cfg.sft_rounds}: too few to reach --max_replaced_steps")
+    if newest := latest_checkpoint(folder):
+        state = load_checkpoint(newest, policy, optimizer, settings, CAN_CHANGE)
+        if "ranker" in state:
+            ranker = frozen_copy(policy.lm)
+            ranker.load_state_dict(state["ranker"])
+    done = f'{{"kind": "eval", "step": {cfg.steps}, '  # the row with which it ends
+    if state["step"] == cfg.steps and folder != Path(cfg.out_dir) \
+            and done in (folder / "metrics.jsonl").read_text(encoding="utf-8"):
+        return result
+    problems = read_demonstrations(problems, tokenizer, policy.lm, cfg)
+    rng = make_rng("cpu", cfg.seed, "cold start")
+    problems = [problems[i] for i in torch.randperm(len(problems), generator=rng).tolist()]
+    dist.barrier()  # all ranks have looked for the checkpoint
+    if rank == 0:
+        print(f"cold start: steps {state['step']} to {cfg.steps}, in {folder}", flush=True)
+        (folder / "code").mkdir(parents=True, exist_ok=True)
+        open_run(folder, settings, __file__, state["step"])
+
+    def save():  # does nothing if this step is saved already
+        saved = rank > 0 or save_checkpoint(
+            folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
+        if not all_reduce(saved, dist.ReduceOp.MIN):
+            raise SystemExit(f"{folder}: the checkpoint could not be written")
+    bar = tqdm(total=cfg.steps, initial=state["step"], desc="cold start", disable=rank > 0 or None)
+    for step in range(state["step"], cfg.steps + 1):
+        number, first, share, k = round_of(step, cfg)
+        if step in (first, cfg.steps):
+            rng = make_rng(policy.table.weight.device, cfg.seed, "check", step, rank)
+            problems_now = eval_problems[: len(eval_problems) if step == cfg.steps else 256]
+            metrics = evaluate(policy, tokenizer, problems_now, cfg, rng)
+            if stop_agreed():
+                break  # the evaluation is incomplete; a resumed run repeats it
+            records, result = metrics.pop("records"), metrics
+            if rank == 0:
+                learned = round_of(max(step - 1, 0), cfg)[3]  # steps replaced up to here
+                row = {"kind": "eval", "step": step, "replaced": learned, **result}
+                log_rows(folder, row, records[:8])
+                tqdm.write("start " + "  ".join(f"{name} {row[name]:.4g}" for name in (
+                    "step", "replaced", "accuracy", "n", "latent_steps", "visible_tokens")))
+        if step == cfg.steps:
+            break
+        if k and ranker is None and cfg.entropy_once and cfg.replace == "entropy":
+            ranker = frozen_copy(policy.lm)  # it has only seen plain chains
+        active = max(1, round(share * len(problems)))
+        indices = batch_indices(active, cfg.sft_batch, (cfg.seed, "sft", number), step - first)
+        batch = sft_examples(
+            [problems[i] for i in indices[rank::world_size]], policy, k, cfg, ranker)
+        loss, grad_norm = sft_update(policy, optimizer, trained, batch, step, cfg)
+        state = {"step": step + 1, **({"ranker": ranker.state_dict()} if ranker else {})}
+        if rank == 0:
+            bar.update()
+            bar.set_postfix_str(f"round {number}  replaced {k}  loss {loss:.3f}")
+            if (step + 1) % 20 == 0:
+                log_rows(folder, {"kind": "train", "step": step + 1, "replaced": k, "loss": loss,
+                                  "grad_norm": grad_norm}, [])
+        if (step + 1) % cfg.sft_save_every == 0 or step + 1 == cfg.steps:
+            save()
+        if stop_agreed() or (cfg.stage == "sft" and step + 1 == cfg.stop_after):
+            break
+    save()
+    bar.close()
+    if rank == 0:
+        print(f"cold start: {state['step']} of {cfg.steps} steps; go on with "
+              + (f"--stage rl --model {folder}" if state["step"] == cfg.steps and folder == Path(
+                  cfg.out_dir) else "--resume auto"), flush=True)
+    if signum := stop_agreed():
+        raise SystemExit(128 + signum)
+    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
+    return result
+
+
+# === 3. rollout ===================================================================================
+# Index t of a completion is one decision: logits at absolute position P + t - 1 decide it, its id
+# is completion_ids[:, t], its embedding is the input at absolute position P + t.
+
+
+def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
+    """Complete each prompt, a list of ids, group_size times -> batch, tensors with B rows.
+
+    prompt_ids, prompt_mask [B, P]; completion_ids, completion_mask [B, T], and what next_input
+    records (latent_mask, loss_mask, rollout_logprobs, ...) [B, T, ...]; lengths [B], EOS included;
+    finished [B], EOS seen. Rows of a group are neighbours and share one prefill of their prompt;
+    finished rows leave the batch and the cache, so noise is drawn for live rows only.
+    """
+    policy.eval()  # train() with gradient checkpointing would silently drop the cache
+    device, limit = policy.table.weight.device, cfg.max_completion_length
+    with torch.no_grad(), autocast(policy.lm):
+        prompt_ids, prompt_mask = left_pad(prompts, policy.pad_id, device)  # [N, P]
+        cache = DynamicCache()
+        hidden = lm_hidden(policy.lm, policy.table(prompt_ids), prompt_mask, cache=cache)[:, -1]
+        cache.batch_repeat_interleave(group_size)
+        prompt_ids, prompt_mask, hidden = (
+            x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask, hidden))  # [B, .]
+        total, width = prompt_ids.shape
+        rows = torch.arange(total, device=device)  # the live rows, b of them
+        mask = F.pad(prompt_mask, (0, limit), value=True)  # [b, P + limit]
+        positions = prompt_mask.sum(1, keepdim=True)  # [b, 1], of completion position 0
+        state = start_state(total, policy, cfg)
+        lengths = torch.full((total,), limit, device=device)
+        finished = torch.zeros(total, dtype=torch.bool, device=device)
+        steps = {"completion_ids": torch.full((total, limit), policy.pad_id, device=device)}
+        for t in range(limit):
+            logits = lm_logits(policy.lm, hidden)  # [b, V]
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"NaN or inf logits in the rollout, position {t}")
+            ids, embeds, record, state = next_input(
+                policy, logits, hidden, t, state, cfg, rng, greedy)
+            for name, value in {"completion_ids": ids, **record}.items():
+                if name not in steps:
+                    steps[name] = value.new_zeros((total, limit, *value.shape[1:]))
+                steps[name][rows, t] = value
+            ended = torch.isin(ids, policy.eos_ids)
+            if ended.any():
+                finished[rows[ended]], lengths[rows[ended]] = True, t + 1
+                live = (~ended).nonzero()[:, 0]
+                if len(live) == 0:
+                    break  # selecting no row would reset the cache
+                rows, embeds, mask, positions = (x[live] for x in (rows, embeds, mask, positions))
+                state = {name: value[live] for name, value in state.items()}
+                cache.batch_select_indices(live)
+            if t + 1 == limit or stop_requested():
+                break  # the caller throws an interrupted batch away
+            exists = mask[:, : width + t + 1]
+            hidden = lm_hidden(policy.lm, embeds[:, None], exists, positions + t, cache)[:, -1]
+    longest = int(lengths.max())
+    batch = {name: value[:, :longest] for name, value in steps.items()}
+    batch["completion_mask"] = torch.arange(longest, device=device) < lengths[:, None]
+    batch.update(prompt_ids=prompt_ids, prompt_mask=prompt_mask, lengths=lengths, finished=finished)
+    assert all(len(value) == total for value in batch.values())
+    return batch
+
+
+# === 4. rewards and advantages ====================================================================
+
+
+def reward_weights(cfg):
+    """Sizes of the three rewards, and the number of switches that earns all of the third."""
+    return {"accuracy": cfg.reward_accuracy, "format": cfg.reward_format,
+            "latent": cfg.reward_latent * (cfg.max_replaced_steps > 0),
+            "switches": max(1, cfg.max_replaced_steps) if cfg.latent_reward == "frac" else 1}
+
+
+# by these a right answer without latents beats a wrong one with them [stage 2; ours]
+DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}
+
+
+def latent_reward(record, wanted=1):
+    """Spans of a completion with at least one latent, as a share of those wanted; at most 1."""
+    return min(1.0, record["switches"] / wanted)
+
+
+def reward(record):
+    """Weighted sum of: right answer; exactly one answer marker and an EOS; use of latents.
+
+    Training puts the weights of the flags into the record; evaluation uses the default ones.
+    """
+    weights = record.get("weights", DEFAULT_WEIGHTS)
+    form = record["format_ok"] and not record["truncated"]
+    return (weights["accuracy"] * record["correct"] + weights["format"] * form
+            + weights["latent"] * latent_reward(record, weights["switches"]))
+
+
+def group_advantages(rewards, group_size, eps=1e-4):
+    """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
+    groups = rewards.view(-1, group_size)  # [N, G]
+    centred = groups - groups.mean(1, keepdim=True)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
+
+
+def compute_advantages(batch, cfg):
+    """One advantage per completion, at every position that was sampled -> [B, T]."""
+    return group_advantages(batch["rewards"], cfg.group_size)[:, None] * batch["loss_mask"]
+
+
+def loss_weights(batch, cfg):
+    """The reduction: mean over completions, of all ranks, of the mean over positions -> [B, T]."""
+    counts = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    return batch["loss_mask"] / (counts * all_reduce(len(counts)))
+
+
+def collect_batch(policy, tokenizer, problems, cfg, step):
+    """Roll out and grade this rank's share of a step -> (batch, records of all that was drawn).
+
+    A group of equal rewards teaches nothing: up to --max_extra_rollouts further draws replace such
+    groups as far as they find others. The size of the batch is fixed; no collective in here.
+    """
+    rank, share = dist.get_rank(), cfg.num_prompts // dist.get_world_size()
+    indices = batch_indices(len(problems), cfg.num_prompts, cfg.seed, step)
+    indices = indices[rank * share : (rank + 1) * share]
+    batches, records, live, dead = [], [], [], []
+    for draw in range(1 + cfg.max_extra_rollouts):
+        if draw > 0:
+            rng = make_rng("cpu", cfg.seed, "extra problems", step, rank, draw)
+            indices = torch.randint(len(problems), (share,), generator=rng).tolist()
+        rng = make_rng(policy.table.weight.device, cfg.seed, "rollout", step, rank, draw)
+        prompts = [problems[i]["prompt_ids"] for i in indices]
+        batch = rollout(policy, prompts, cfg, rng, cfg.group_size)
+        graded = grade(batch, [problems[i] for i in indices], tokenizer, cfg.answer_marker)
+        for record in graded:
+            record["reward"] = reward({**record, "weights": reward_weights(cfg)})
+        batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
+        for group, values in enumerate(batch["rewards"].view(share, -1).tolist()):
+            (live if max(values) > min(values) else dead).append(draw * share + group)
+        batches.append(batch)
+        records += graded
+        if len(live) >= share or stop_requested():
+            break
+    if len(batches) == 1:
+        return batches[0], records
+    groups = torch.tensor(sorted((live + dead)[:share]), device=rng.device)
+    rows = groups[:, None] * cfg.group_size + torch.arange(cfg.group_size, device=rng.device)
+    return select_rows(join_batches(batches), rows.view(-1)), records
+
+
+# === 5. evaluation ================================================================================
+
+
+def evaluate(policy, tokenizer, problems, cfg, rng):
+    """Complete every problem cfg.num_samples times, greedily or not -> metrics, equal on all ranks.
+
+    With them "records", one per completion in the order of the problems. stderr is over problems. A
+    stop signal ends it early, after a part of the problems: the caller then drops the result.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]))
+    mine, records = order[rank::world_size], []
+    for start in range(0, len(mine), cfg.eval_batch):
+        chosen = mine[start : start + cfg.eval_batch]
+        prompts = [problems[i]["prompt_ids"] for i in chosen]
+        batch = rollout(policy, prompts, cfg, rng, cfg.num_samples, cfg.greedy)
+        graded = grade(batch, [problems[i] for i in chosen], tokenizer, cfg.answer_marker)
+        for row, record in enumerate(graded):
+            place = {"index": chosen[row // cfg.num_samples], "sample": row % cfg.num_samples}
+            records.append({**place, **record, "reward": reward(record)})
+        if stop_requested():
+            break
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, records)
+    records = sorted(sum(gathered, []), key=lambda r: (r["index"], r["sample"]))
+    scores = torch.tensor([float(r["correct"]) for r in records]).view(-1, cfg.num_samples).mean(1)
+    latent, length = mean(records, "latent_steps"), mean(records, "length")
+    return {
+        "accuracy": scores.mean().item(), "n": len(scores),
+        "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
+        "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
+        "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
+        "unanswered_frac": mean(records, "unanswered"),
+        "switches": mean(records, "switches"), "records": records}
+
+
+# === 6. plumbing ==================================================================================
+
+
+def parse_config(argv=None):
+    """Every Config field is a flag of the same name; the comment beside the field is its help."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
+    style, usage = argparse.RawTextHelpFormatter, f"{METHOD}.py [--flag value ...]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=style, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        text = f"{notes[f.name]} ({f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
+    parser.set_defaults(**PRESETS["tiny"])
+    first = parser.parse_args(argv)
+    saved = checkpoint_settings(first.model).get("preset")
+    by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
+    by_model = saved if saved in PRESETS else by_model
+    preset = by_model if first.preset == "auto" else first.preset
+    if preset not in PRESETS:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[preset])
+    cfg = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
+    if cfg.model == "tiny" and cfg.train.startswith("arithmetic"):
+        cfg.model = f"tiny:{cfg.train}"  # each arithmetic task has its own base model
+    if cfg.device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        cfg.device = "cuda" if torch.cuda.is_available() else mps
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cfg.device.startswith("cuda") else "float32"
+    name = re.sub(r"[^\w.-]+", "-", cfg.model.rstrip("/").split("/")[-1])
+    cfg.out_dir = cfg.out_dir or f"runs/{METHOD}-{name}-s{cfg.seed}"
+    shares = int(os.environ.get("WORLD_SIZE", 1)) * cfg.minibatches
+    if cfg.num_prompts % shares:
+        fail(f"--num_prompts {cfg.num_prompts}: must divide by ranks x minibatches = {shares}, "
+             "since a group of completions stays together")
+    return cfg
+
+
+def setup_distributed(cfg):
+    """Join torchrun's process group, or make a group of one: no later line asks `if ddp`."""
+    device = torch.device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if cfg.deterministic:
+        if device.type == "cuda" and cfg.top_p < 1:
+            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **alone)
+    SIGNALS.clear()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+SIGNALS = []  # stop signals that this process received
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # pid of torchrun
+
+
+def on_signal(signum, frame):
+    """Only note it: the ranks agree on stopping once a step. A second Ctrl-C does not wait."""
+    SIGNALS.append(signum)
+    if SIGNALS.count(signal.SIGINT) > 1:
+        raise KeyboardInterrupt
+
+
+def stop_requested():
+    """Was this process told to stop, or its launcher killed, which would leave it an orphan?"""
+    return bool(SIGNALS) or LAUNCHER not in (0, os.getppid())
+
+
+def stop_agreed():
+    """The stop signal of some rank, or 0: the same answer on all ranks."""
+    signum = SIGNALS[0] if SIGNALS else signal.SIGTERM
+    return int(all_reduce(signum if stop_requested() else 0, dist.ReduceOp.MAX))
+
+
+def all_reduce(number, op=dist.ReduceOp.SUM):
+    """Sum, or another op, of a number (or lists of them) over the ranks, float64 on the CPU."""
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total, op=op)
+    return total.tolist()
+
+
+def batch_indices(num_problems, num_prompts, seed, step):
+    """This step's problems, over all ranks: a fresh shuffle for each pass over the data."""
+    indices, orders = [], {}
+    for position in range(step * num_prompts, (step + 1) * num_prompts):
+        epoch, place = divmod(position, num_problems)
+        if epoch not in orders:
+            rng = make_rng("cpu", seed, "order", epoch)
+            orders[epoch] = torch.randperm(num_problems, generator=rng).tolist()
+        indices.append(orders[epoch][place])
+    return indices
+
+
+def lr_factor(step, cfg):
+    """Linear warm-up, then cosine to 0 at the end of the run."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def show(row, records, stalls, cfg, bar):
+    """Rank 0: progress, now and then completions, and a warning when nothing can be learned."""
+    text = (f"reward {row['reward']:.3f}  length {row['length']:.1f}  latent "
+            f"{row['latent_steps']:.1f}  zero-std groups {row['zero_std_frac']:.2f}  "
+            f"{row['seconds']:.2f} s")
+    bar.set_postfix_str(text)
+    bar.update()
+    if bar.disable and (row["step"] == 1 or row["step"] % 10 == 0):
+        print(f"train step {row['step']:4d}  {text}", flush=True)
+    for record in records[:2] if (row["step"] - 1) % cfg.print_every == 0 else []:
+        tqdm.write(f"  {record['question'][-200:]!r} -> {record['completion'][-600:]!r}\n"
+                   f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
+                   f"reward {record['reward']}, latent steps {record['latent_steps']}")
+    for name, bad in (("reward is 0", row["reward"] == 0),
+                      ("over 30 % are truncated", row["truncated_frac"] > 0.3),
+                      ("no position is plain", row["latent_steps"] >= row["length"])):
+        stalls[name] = stalls.get(name, 0) + 1 if bad else 0
+        if stalls[name] == 10:
+            warn(f"{name} for 10 steps: read samples.jsonl, check --answer_marker and the lengths")
+
+
+# === 7. training ==================================================================================
+
+CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
+              "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
+              "print_every", "micro_batch", "max_tokens", "dist_timeout")  # by a resumed run
+
+
+def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step):
+    """Rollout, advantages, updates -> (metrics row, records), or None when told to stop."""
+    clock, world_size = time.time(), dist.get_world_size()
+    batch, records = collect_batch(policy, tokenizer, problems, cfg, step)
+    if stop_agreed():
+        return None  # the rollout is dropped; a resumed run repeats it with the same noise
+    rollout_seconds = time.time() - clock
+    if cfg.dry_run:
+        batch["rewards"][::2] += 1.0  # some advantage, so that the update has work to do
+    batch["advantages"] = compute_advantages(batch, cfg)
+    if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
+        batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
+        every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
+            with torch.no_grad():
+                scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
+            batch["old_logprobs"][rows, : scored.shape[1]] = scored
+    policy.train()
+    names = ("entropy", "kl", *METHOD_METRICS, "grad_norm", "skipped")
+    sums, peaks = {name: [0.0, 0.0] for name in names}, {"ratio_max": 0.0, "logprob_gap": 0.0}
+    size = len(batch["rewards"]) // cfg.minibatches
+    for start in [*range(0, size * cfg.minibatches, size)] * cfg.update_epochs:
+        part = select_rows(batch, range(start, start + size))
+        update(policy, ddp_policy, reference, optimizer, part, cfg, step, sums, peaks)
+    seconds, tokens = time.time() - clock, sum(r["length"] for r in records)
+    for name in ("reward", "correct", "format_ok", "length", "latent_steps", "truncated"):
+        sums[name] = [sum(r[name] for r in records), len(records)]
+    wanted = reward_weights(cfg)["switches"]
+    sums["latent_reward"] = [sum(latent_reward(r, wanted) for r in records), len(records)]
+    groups = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)
+    sums["zero_std_frac"] = [int((groups.amax(1) == groups.amin(1)).sum()), len(groups)]
+    sums["tokens_per_s_rollout"] = [tokens, rollout_seconds / world_size]
+    sums["tokens_per_s_update"] = [tokens, (seconds - rollout_seconds) / world_size]
+    totals = all_reduce(list(sums.values()))  # [number of means, 2]
+    means = {name: s / n if n else None for name, (s, n) in zip(sums, totals)}
+    means["truncated_frac"] = means.pop("truncated")
+    peaks["peak_mem_gib"] = peak_memory(policy.table.weight.device)
+    peaks = dict(zip(peaks, all_reduce(list(peaks.values()), dist.ReduceOp.MAX)))
+    row = {"kind": "train", "step": step + 1, **means, **peaks, "seconds": seconds}
+    return {**row, "lr": cfg.lr * lr_factor(step, cfg)}, records
+
+
+def update(policy, ddp_policy, reference, optimizer, batch, cfg, step, sums, peaks):
+    """One optimizer update, skipped on all ranks when its gradient is not finite.
+
+    All ranks work on equally many rows, so each takes part in the one all-reduce of gradients.
+    """
+    batch["weights"] = loss_weights(batch, cfg)
+    rows = list(range(len(batch["weights"])))
+    if cfg.kl_coef == 0:  # rows without advantage have no gradient: leave out what all ranks can
+        live = batch["advantages"].abs().sum(1) > 0
+        rows = live.int().argsort(descending=True, stable=True).tolist()
+        rows = rows[: int(all_reduce(int(live.sum()), dist.ReduceOp.MAX))]
+        if not rows:
+            return  # nothing to learn: no update, and so no weight decay either
+    pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens)
+    for number, piece in enumerate(pieces, 1):
+        micro = select_rows(batch, piece)
+        if cfg.kl_coef > 0:
+            micro["ref_logprobs"] = reference_logprobs(policy, reference, micro, cfg)
+        # DDP would all-reduce after each backward; only the last one of the update needs it.
+        ddp_policy.require_backward_grad_sync = number == len(pieces)
+        outputs = ddp_policy(micro)
+        loss = (policy_loss(outputs, micro, cfg) * micro["weights"]).sum()
+        (loss * dist.get_world_size()).backward()  # DDP averages over ranks
+        measure(policy, outputs, micro, cfg, step, sums, peaks)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
+    bad = all_reduce(not math.isfinite(grad_norm), dist.ReduceOp.MAX)
+    if not bad:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
+        optimizer.step()
+        sums["grad_norm"] = [sums["grad_norm"][0] + grad_norm, sums["grad_norm"][1] + 1]
+    sums["skipped"] = [sums["skipped"][0] + bad, 1]
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def measure(policy, outputs, micro, cfg, step, sums, peaks):
+    """Add a micro-batch to sums {name: [sum, count]} over positions, and to peaks {name: max}."""
+    mask, logprobs = micro["loss_mask"], outputs["logprobs"]
+    values = {"entropy": (outputs["entropy"], mask)}
+    if cfg.kl_coef > 0:
+        values["kl"] = (kl_estimate(outputs, micro), mask)
+    for name, value in zip(METHOD_METRICS, method_metrics(policy, outputs, micro, cfg, step) or ()):
+        values[name] = (value, micro["latent_mask"])
+    for name, (value, where) in values.items():
+        total = value[where].sum().item()
+        if math.isfinite(total):
+            sums[name] = [sums[name][0] + total, sums[name][1] + int(where.sum())]
+    old_logprobs = micro.get("old_logprobs", logprobs)  # before the first update of the rollout
+    gaps = {"logprob_gap": (old_logprobs - micro["rollout_logprobs"]).abs(),
+            "ratio_max": (logprobs - old_logprobs).exp()}
+    for name, value in gaps.items():
+        peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
+
+
+def main(argv=None):
+    """Train, evaluate, checkpoint -> the last evaluation (metrics, without its records)."""
+    cfg = parse_config(argv)
+    settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    settings.update(dataclasses.asdict(cfg))
+    start = checkpoint_settings(cfg.model) if cfg.stage == "rl" else {}
+    for name in ("latents_per_step", "max_replaced_steps", "latent_rms"):
+        if start.get(name, settings[name]) != settings[name]:
+            fail(f"--{name} {settings[name]}: {cfg.model} was trained with {start[name]}; use that")
+    resumed, lock, out_dir = None, None, Path(cfg.out_dir)
+    if not cfg.dry_run:
+        resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
+    problems = load_problems(cfg.train, "train")
+    eval_problems = load_problems(cfg.eval_data or cfg.train, "test", cfg.eval_limit)
+    rank, world_size, device = setup_distributed(cfg)  # past it, all ranks have read the run folder
+
+    torch.manual_seed(cfg.seed)  # the same adapters and method parameters on every rank
+    lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
+    policy = Policy(lm, tokenizer, cfg)
+    load_method(policy, cfg.model, METHOD)
+    problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
+    eval_problems = encode_prompts(
+        tokenizer, eval_problems, cfg.answer_marker, cfg.max_prompt_length)
+    settings["model_sha"] = weights_fingerprint(lm)
+    settings["data_sha"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+    if cfg.stage != "rl" and not cfg.dry_run:
+        lock = lock or (lock_run(out_dir) if rank == 0 else None)
+        last = cold_start(policy, tokenizer, problems, eval_problems, settings, cfg)
+        if cfg.stage == "sft":
+            return last
+        settings["start_sha"] = weights_fingerprint(lm)  # what the reference is a copy of
+    elif cfg.max_replaced_steps and not start.get("max_replaced_steps", cfg.dry_run) and rank == 0:
+        print(f"{cfg.model} has had no cold start: nothing has taught it the markers")
+    reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
+    if cfg.kl_coef > 0 and cfg.lora_rank and (cfg.stage == "all" or cfg.max_replaced_steps):
+        reference = frozen_copy(lm)  # the start trained its adapters, and markers learn without any
+    groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
+    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
+    if resumed:
+        state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
+    if rank == 0 and not cfg.dry_run:
+        lock = lock or lock_run(out_dir)  # held until the process ends
+        open_run(out_dir, settings, __file__, state["step"])
+    if rank == 0:
+        print(" ".join(f"{name}={value}" for name, value in settings.items()))
+        print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
+              f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
+    if cfg.dry_run:
+        cfg.steps, cfg.max_extra_rollouts = 1, 0
+        policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
+        for problem in problems:
+            copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
+            problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]
+    ddp_policy = policy
+    if world_size > 1 and device.type != "mps":
+        # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
+        # after the first update, and a resumed run would sum over 3 or more ranks in another order.
+        ddp_policy = DistributedDataParallel(
+            policy, broadcast_buffers=False, find_unused_parameters=True)
+
+    hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
+    bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)
+    result, saved, stalls, stopping = {}, True, {}, False
+    for step in range(state["step"], cfg.steps + 1):
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and not cfg.dry_run:
+            clock, rng = time.time(), make_rng(device, cfg.seed, "eval", step, rank)
+            metrics = evaluate(policy, tokenizer, eval_problems, cfg, rng)
+            if stop_agreed():
+                break  # the evaluation is incomplete; a resumed run repeats it
+            records, result = metrics.pop("records"), metrics
+            row = {"kind": "eval", "step": step, **result, "seconds": time.time() - clock}
+            if rank == 0:
+                log_rows(out_dir, row, records[:8])
+                tqdm.write("eval  " + "  ".join(f"{name} {row[name]:.4g}" for name in (
+                    "step", "accuracy", "stderr", "n", "latent_steps", "visible_tokens")))
+        if step == cfg.steps:
+            break
+        done = train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step)
+        if done is not None:
+            row, records = done
+            state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+            if rank == 0 and not cfg.dry_run:
+                log_rows(out_dir, row, records[:: cfg.group_size][:2])
+            if rank == 0:
+                show(row, records[:: cfg.group_size], stalls, cfg, bar)
+        stopping = stop_agreed() or state["skipped"] >= 5 or step + 1 == cfg.stop_after
+        due = stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+        if due and rank == 0 and not cfg.dry_run:
+            saved = save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state,
+                                    cfg.keep_checkpoints)
+        if stopping:
+            break
+    bar.close()
+    signum = stop_agreed()
+    if signum and rank == 0 and not cfg.dry_run:
+        saved = save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state,
+                                cfg.keep_checkpoints)
+    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
+    if cfg.dry_run and rank == 0 and not signum:
+        print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
+              f"{row['seconds']:.1f} s a step")
+        if cfg.max_replaced_steps:
+            print("no span was forced: each latent that a trained model takes adds a pass to it")
+    elif rank == 0:
+        print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
+              f"with --resume auto, or: python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
+    if state["skipped"] >= 5:
+        raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
+    if not saved:
+        raise SystemExit(f"{out_dir}: the last checkpoint could not be written")
+    if signum:
+        raise SystemExit(128 + signum)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory ({str(error)[:99]}): lower --micro_batch, --max_tokens, "
+             "--num_prompts, --eval_batch or --max_completion_length; see --dry_run")
+    dist.destroy_process_group()
+    gc.collect()  # without it gloo's threads can abort the interpreter's exit

@@ -1,0 +1,130 @@
+"""The cold start as a run: files, stop and resume, its share of the data, two ranks."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, make_lm, save_folder
+from runs import differences, flags, launch, rows, train
+
+import common
+import hyrea as script
+from common import make_rng
+
+torch.set_num_threads(1)
+SHORT = ("--train arithmetic-restated:2 --sft_steps 4 --sft_batch 8 --sft_save_every 2 "
+         "--sft_lr 0.01 --sft_rounds 2 --max_completion_length 28")
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    load = common.load_problems
+    monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: load(
+        spec, split, limit or 24))
+
+
+@pytest.fixture(params=["spare rows", "tied, resized"])
+def folder(request, model, tmp_path):
+    """A model with rows left for the markers, or with a table that has to grow."""
+    if request.param == "spare rows":
+        return model
+    return save_folder(tmp_path / "tied", make_lm(vocab_size=29, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("more", ["", "--max_replaced_steps 0", "--replace random --lora_rank 2"])
+def test_a_cold_start_stopped_and_resumed_is_the_uninterrupted_one(folder, tmp_path, more):
+    model = folder
+    whole, parts, more = tmp_path / "whole", tmp_path / "parts", f"--stage sft {SHORT} {more}"
+    result = train("hyrea", flags(model, whole, more))
+    train("hyrea", flags(model, parts, f"{more} --stop_after 3"))
+    assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
+    assert differences(whole / "step_000004", parts / "step_000004") == []
+    assert rows(whole, "eval") == rows(parts, "eval")
+    assert [r["step"] for r in rows(whole, "eval")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("stage", ["sft", "all"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_during_the_evaluation_of_the_cold_start_saves(
+        model, tmp_path, monkeypatch, stage, step):
+    original = script.evaluate
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more, below = f"--stage {stage} {SHORT} --sft_save_every 9", "." if stage == "sft" else "sft"
+    result = train("hyrea", flags(model, whole, more))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", lambda policy, tokenizer, problems, cfg, rng: (
+            rng.initial_seed() == make_rng("cpu", 0, "check", step, 0).initial_seed()
+            and script.SIGNALS.append(15)) or original(policy, tokenizer, problems, cfg, rng))
+        assert train("hyrea", flags(model, parts, more)) == 143
+    assert (parts / below / f"step_00000{step}").exists()
+    assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
+    assert rows(whole / below) == rows(parts / below)
+    assert differences(whole / "step_000004", parts / "step_000004") == []
+
+
+@pytest.mark.parametrize("call", [2, 3, 6])
+@pytest.mark.parametrize("lora", ["", "--lora_rank 2"])
+def test_a_run_of_both_stages_resumes_in_either(model, tmp_path, monkeypatch, capsys, call, lora):
+    monkeypatch.setattr(script, "reward", lambda record: float(record["length"] % 2))
+    more, clip, calls = f"--stage all {SHORT} {lora} --minibatches 2", torch.nn.utils, []
+    result = train("hyrea", flags(model, tmp_path / "whole", more))
+    original = clip.clip_grad_norm_
+    with monkeypatch.context() as patch:
+        patch.setattr(clip, "clip_grad_norm_", lambda *args: calls.append(0) or (
+            len(calls) == call and script.SIGNALS.append(15)) or original(*args))
+        assert train("hyrea", flags(model, tmp_path / "parts", more)) == 143
+    assert train("hyrea", flags(model, tmp_path / "parts", f"{more} --resume auto")) == result
+    for folder in ("sft/step_000004", "step_000004"):
+        assert differences(tmp_path / "whole" / folder, tmp_path / "parts" / folder) == []
+    for folder in ("sft", "."):
+        assert rows(tmp_path / "whole" / folder) == rows(tmp_path / "parts" / folder)
+    assert "starting at the beginning" not in capsys.readouterr().err
+    config = json.loads((tmp_path / "whole/step_000004/hf/latent/config.json").read_text())
+    assert config["start_sha"] != config["model_sha"]
+
+
+def test_each_round_learns_from_its_share_of_the_shuffled_problems(model, tmp_path, monkeypatch):
+    seen, examples = [], script.sft_examples
+    monkeypatch.setattr(script, "sft_examples", lambda chosen, policy, k, *args: seen.append(
+        (k, {p["question"] for p in chosen})) or examples(chosen, policy, k, *args))
+    train("hyrea", flags(model, tmp_path / "run", f"--stage sft {SHORT}"))
+    assert [k for k, _ in seen] == [0, 0, 1, 1]
+    first, second = seen[0][1] | seen[1][1], seen[2][1] | seen[3][1]
+    assert len(first) == 12 < len(second)  # 8 + 8 draws of the first 12, then of all 24
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch.distributed as dist, gc
+from test_hyrea_start import built
+import hyrea as script
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+policy, cfg, _, problems = built(latents_per_step=2)
+problems = problems[:5]  # 3 and 2: unequal shares
+cfg.micro_batch, cfg.max_grad_norm, cfg.steps, cfg.warmup_steps = 2, 1e9, 9, 0
+trained = {{n: p for n, p in policy.named_parameters() if p.requires_grad}}
+whole = script.sft_examples(problems, policy, 2, cfg)
+w = script.label_weights(whole, policy, cfg.marker_weight)
+loss = -(policy(whole, labels=True)["logprobs"] * w).sum() / w.sum()
+loss.backward()
+wanted = {{n: p.detach() - p.grad for n, p in trained.items() if p.grad is not None}}
+policy.zero_grad()
+optimizer = torch.optim.SGD([{{"params": list(trained.values()), "initial_lr": 1.0}}], 1.0)
+share = script.sft_examples(problems[rank::2], policy, 2, cfg)
+found, _ = script.sft_update(policy, optimizer, list(trained.values()), share, 0, cfg)
+assert abs(found - loss.item()) < 1e-4, (found, loss)
+for n, p in wanted.items():
+    assert (trained[n] - p).abs().max() <= 1e-5 * (1 + p.abs().max()), n
+dist.barrier()
+dist.destroy_process_group()
+gc.collect()
+"""
+
+
+def test_an_update_of_the_cold_start_on_two_ranks_is_that_of_one(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(TWO_RANKS.format(tests=str(ROOT / "tests"), root=str(ROOT)))
+    job = launch(driver, [], tmp_path / "log", ranks=2)
+    assert job.wait(120) == 0, (tmp_path / "log").read_text()

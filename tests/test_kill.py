@@ -1,7 +1,6 @@
 """Stopped from outside: signals, a dead rank, a dead launcher, kill -9 in the middle of a save."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,8 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, make_lm, make_tokenizer
+from conftest import ROOT
 from runs import METHODS, differences, flags, launch, rows, train, wait_until
 
 import common
@@ -147,51 +145,8 @@ def test_when_a_rank_or_the_launcher_is_killed_the_whole_job_ends(method, model,
         job.wait()
 
 
-def save_without_end(out, policy, tokenizer, optimizer, step, acknowledge):
-    lock = common.lock_run(out)
-    common.open_run(out, {}, __file__, step)
-    while lock:
-        step += 1
-        state = {"step": step, "skipped": 0}
-        assert common.save_checkpoint(out, policy, tokenizer, optimizer, {}, state, 2)
-        os.write(acknowledge, b".")
-
-
 def test_whenever_a_save_is_killed_the_newest_complete_checkpoint_loads(tmp_path):
-    """Run below in a process of its own, which forks one that saves and kills it, 24 times."""
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    """In a process of its own, which forks one that saves and kills it, 24 times."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "kill_saves.py", "24", tmp_path],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "24 kills" in done.stdout, done.stdout + done.stderr
-
-
-def kill_saves(folder, kills=24):
-    script, out, rng = import_module(METHODS[0]), folder / "run", random.Random(0)
-    cfg, tokenizer = script.parse_config(["--device", "cpu"]), make_tokenizer()
-    policy = script.Policy(make_lm(), tokenizer, cfg)
-    optimizer = torch.optim.AdamW(script.param_groups(policy, cfg))
-    sum(p.square().sum() for p in policy.parameters()).backward()
-    optimizer.step()
-    step, cut_short = 0, 0
-    for _ in range(kills):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            save_without_end(out, policy, tokenizer, optimizer, step, writing)
-        os.close(writing)
-        os.read(reading, 1)  # the first save is through
-        time.sleep(rng.random() * 0.2)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        saved = step + 1 + len(os.read(reading, 9999))
-        os.close(reading)
-        cut_short += any(out.glob("*.partial"))
-        latest = common.latest_checkpoint(out)
-        state = common.load_checkpoint(latest, policy, optimizer, {}, ())
-        assert state["step"] in (saved, saved + 1), f"step {state['step']} after {saved} saves"
-        step = state["step"]
-    assert cut_short > kills / 4
-    print(f"{kills} kills, {step} checkpoints, {cut_short} saves cut short")
-
-
-if __name__ == "__main__":
-    kill_saves(Path(sys.argv[1]))

@@ -24,6 +24,11 @@ def method(request):
     return request.param
 
 
+def few_problems(spec, split="train", limit=0):
+    """Quicker to tokenise."""
+    return common.load_problems(spec, split, limit or 64)
+
+
 def stop_in_the_middle(method, model, out, signum, ranks):
     """Start a run, send the signal to what the user started -> (exit code, seconds it took)."""
     job = launch(ROOT / f"{method}.py", flags(model, out, SLOW), out.parent / "log", ranks)
@@ -66,24 +71,27 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint_too(method, model, tmp_path, s
     assert rows(out) == rows(whole)
 
 
-@pytest.mark.parametrize("moment", ["rollout", "evaluate"])
-def test_a_signal_drops_the_rollout_or_evaluation_that_it_interrupts(
+@pytest.mark.parametrize("moment", ["rollout", "evaluate", "update", "save_checkpoint"])
+def test_a_signal_drops_the_rollout_or_evaluation_that_it_interrupts_and_nothing_else(
         method, model, tmp_path, monkeypatch, moment):
     script, out = import_module(method), tmp_path / "run"
     work, calls = getattr(script, moment), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == (3 if moment != "save_checkpoint" else 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return work(*args, **kwargs)
 
+    monkeypatch.setattr(script, "load_problems", few_problems)
     monkeypatch.setattr(script, moment, interrupted)
     assert train(method, flags(model, out)) == 143
-    step = {"rollout": 1, "evaluate": 4}[moment]  # evaluations at 0, 2, 4; their rollouts count
+    # evaluations at 0, 2, 4, and their rollouts count; an update or a save is finished
+    step = {"rollout": 1, "evaluate": 4, "update": 3, "save_checkpoint": 2}[moment]
     assert [r["step"] for r in rows(out, "train")] == [*range(1, step + 1)]
     assert [r["step"] for r in rows(out, "eval")] == [*range(0, step, 2)]
-    monkeypatch.undo()
+    assert common.latest_checkpoint(out).name == f"step_{step:06d}"
+    monkeypatch.setattr(script, moment, work)
     assert isinstance(train(method, flags(model, out, "--resume auto")), dict)
     assert isinstance(train(method, flags(model, tmp_path / "whole")), dict)
     assert rows(out) == rows(tmp_path / "whole")
@@ -143,6 +151,31 @@ def test_when_a_rank_or_the_launcher_is_killed_the_whole_job_ends(method, model,
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         job.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts on ps")
+@pytest.mark.parametrize("method", METHODS[:1], indirect=True)
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout_with_a_line_that_says_so(
+        method, model, tmp_path):
+    out = tmp_path / "run"
+    argv = flags(model, out, f"{ENDLESS} --save_every 2 --dist_timeout 1")
+    job = launch(ROOT / f"{method}.py", argv, tmp_path / "log", ranks=2)
+    workers = []
+    try:
+        wait_until(lambda: len(rows(out, "train")) >= 3)
+        workers = worker_pids(job.pid)
+        os.kill(max(workers), signal.SIGSTOP)
+        assert job.wait(60 + 60) != 0
+        assert not any(map(alive, workers))
+    finally:
+        for pid in [job.pid, *workers]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+    said = (tmp_path / "log").read_text()
+    assert "error: rank 0 waited for another one in vain; if none hangs, raise --dist_tim" in said
+    assert common.latest_checkpoint(out)
 
 
 def test_whenever_a_save_is_killed_the_newest_complete_checkpoint_loads(tmp_path):

@@ -593,10 +593,13 @@ def log_rows(out_dir, metrics, records):
     rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
     for name, lines in rows.items():
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
         try:
             with open(out_dir / name, "a", encoding="utf-8") as f:
                 f.write(text)
-        except OSError as error:  # a full disk costs rows, not the run
+        except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
+            with contextlib.suppress(OSError):
+                os.truncate(out_dir / name, size)
             warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
 
 

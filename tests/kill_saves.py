@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from conftest import METHODS, make_lm, make_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import common
 
@@ -40,6 +41,7 @@ def kill_saves(folder, kills):
     sum(p.square().sum() for p in policy.parameters()).backward()
     optimizer.step()
     step, cut_short = 0, 0
+    logging.disable_progress_bar()
     for _ in range(kills):
         reading, writing = os.pipe()
         child = os.fork()

@@ -146,6 +146,20 @@ def test_a_disk_that_takes_no_weights_keeps_the_run_alive_until_its_end(
     assert isinstance(train(method, flags(model, tmp_path / "run", "--resume auto")), dict)
 
 
+def test_a_disk_that_is_full_in_the_middle_of_a_row_costs_that_row_only(tmp_path, capsys):
+    soft, row = resource.getrlimit(resource.RLIMIT_FSIZE), {"kind": "train", "x": "y" * 900}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, soft[1]))
+        for step in range(4):
+            common.log_rows(tmp_path, {**row, "step": step}, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    common.log_rows(tmp_path, {**row, "step": 9}, [])
+    assert [r["step"] for r in rows(tmp_path)] == [0, 1, 9]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "step 2 not written" in lines[0] and "metrics.jsonl" in lines[0]
+
+
 @pytest.mark.parametrize("more", ["", "--max_extra_rollouts 2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_in_which_no_group_teaches_changes_no_weight(
@@ -164,24 +178,29 @@ def test_a_run_in_which_no_group_teaches_changes_no_weight(
         assert (row["zero_std_frac"], row["grad_norm"], row["reward"]) == (1, None, 1)
 
 
+@pytest.mark.parametrize("length", [1, 12])
 @pytest.mark.parametrize("method", METHODS)
-def test_completions_that_never_end_stop_at_the_limit_and_are_counted(
-        method, model, tmp_path, monkeypatch):
+def test_completions_that_never_end_or_end_at_once_train_and_are_counted(
+        method, model, tmp_path, monkeypatch, length):
     script = import_module(method)
     rollout, seen = script.rollout, []
 
-    def endless(policy, *args):
-        policy.eos_ids = policy.eos_ids[:0]
+    def of_that_length(policy, *args):
+        policy.eos_ids = policy.eos_ids[:0] if length == 12 else torch.arange(99)
         seen.append(rollout(policy, *args))
         return seen[-1]
 
-    monkeypatch.setattr(script, "rollout", endless)
+    monkeypatch.setattr(script, "rollout", of_that_length)
     monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: common.load_problems(
         spec, split, 8))
-    assert train(method, flags(model, tmp_path / "run"))["truncated_frac"] == 1
-    assert all((batch["lengths"] == 12).all() and not batch["finished"].any() for batch in seen)
-    assert all(row["truncated_frac"] == 1 and row["length"] == 12 for row in rows(
-        tmp_path / "run", "train"))
+    monkeypatch.setattr(script, "reward", lambda record: float(len(record["completion"]) % 2))
+    cut = float(length == 12)
+    assert train(method, flags(model, tmp_path / "run"))["truncated_frac"] == cut
+    assert all((batch["lengths"] == length).all() for batch in seen)
+    for row in rows(tmp_path / "run", "train"):
+        assert (row["truncated_frac"], row["length"], row["skipped"]) == (cut, length, 0)
+    saved = torch.load(tmp_path / "run" / "step_000004" / "trainer.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["policy"].values())
 
 
 SPOILED = """

@@ -118,7 +118,8 @@ def test_a_supervised_stage_resumes_bit_for_bit_on_two_ranks(name, model, tmp_pa
     assert (parts / "step_000003").exists()
     assert differences(whole / "step_000004", parts / "step_000004") == []
     assert rows(whole) == rows(parts)
-    assert len(differences(whole / "step_000002", whole / "step_000004")) > 8
+    early, late = (checkpoint_values(whole / step) for step in ("step_000002", "step_000004"))
+    assert sum(not torch.equal(late[k], v) for k, v in early.items() if "/policy/" in k) > 8
 
 
 def test_the_seed_alone_decides_a_run_even_twice_in_a_process(method, model, tmp_path):

@@ -215,7 +215,10 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
         places = list(itertools.product(order, range(samples)))
         held = [open_results(stem, header, places, size * samples)]
     dist.broadcast_object_list(held)
-    records = fail(held[0]) if isinstance(held[0], str) else held[0]
+    records = held[0]
+    if isinstance(records, str):
+        part = None  # unlocked, whoever keeps the traceback
+        fail(records)
     if isinstance(records, dict):
         return records
     for start in range(len(records) // samples, len(order), size):
@@ -425,7 +428,8 @@ def main(argv=None):
     if argv[:1] in (["plot"], ["--table"]):
         return {"plot": plot, "--table": table}[argv[0]](argv[1:])
     args = parse_args(argv)
-    check_writable(f"--out {args.out}", Path(args.out))
+    if args.out:
+        check_writable(f"--out {args.out}", Path(args.out))
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
     saved = [checkpoint_settings(model_folder(name)) for name in args.models]
     own = [s.get("eval_data") or s["train"] for s in saved if s] or ["arithmetic"]

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import fcntl
+import gc
 import gzip
 import hashlib
 import inspect
@@ -31,6 +32,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,8 +44,8 @@ CACHE = Path(os.environ.get("LATENT_RL_CACHE", Path.home() / ".cache" / "latent_
 
 
 def warn(message, kind="warning"):
-    """One line on stderr, from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line on stderr, from rank 0; an error from the first rank of each machine."""
+    if os.environ.get("LOCAL_RANK" if kind == "error" else "RANK", "0") == "0":
         print(f"{kind}: {message}", file=sys.stderr, flush=True)
 
 
@@ -51,6 +53,26 @@ def fail(message):
     """Bad input from the user: one clear line and exit code 2."""
     warn(message, "error")
     raise SystemExit(2)
+
+
+def run_program(main):
+    """Run `main`; errors that a user can mend end in one line, from the rank that met them."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 ends no run
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {first_line(error)}; lower --micro_batch, --max_tokens, --num_prompts, "
+                 "--eval_batch or --max_completion_length; see --dry_run")
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not re.search("[Tt]imed out|[Tt]imeout", str(error)):
+            raise
+        sys.exit(f"error: rank {os.environ.get('RANK')} waited for another one in vain; if none "
+                 f"hangs, raise --dist_timeout ({first_line(error)})")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # without it gloo's threads can abort the interpreter's exit
 
 
 # === 1. models ====================================================================================
@@ -79,12 +101,13 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
         fail(f"--model {name}: no such folder")  # rather than ask the hub for it
     stored = dtype if lora_rank else torch.float32
     try:
-        config = AutoConfig.from_pretrained(source)
+        code = {"trust_remote_code": False}  # else it asks whether to run a folder's own code
+        config = AutoConfig.from_pretrained(source, **code)
         for key in [k for k in config.to_dict() if re.search("dropout|_pdrop", k)]:
             setattr(config, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        lm = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=stored, use_safetensors=True)  # a pickle is never opened
+        tokenizer = AutoTokenizer.from_pretrained(source, **code)
+        lm = AutoModelForCausalLM.from_pretrained(  # a pickle is never opened
+            source, config=config, dtype=stored, use_safetensors=True, **code)
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
     ends = [tokenizer.eos_token_id, lm.generation_config.eos_token_id, config.eos_token_id]
@@ -481,6 +504,7 @@ def find_resume(out_dir, resume, settings, free):
     if not resume:
         if used:
             fail(f"--out_dir {out_dir} is not empty: go on with --resume auto, or name another one")
+        check_writable(f"--out_dir {out_dir}", out_dir)
         return None, None
     lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
@@ -510,22 +534,35 @@ def refuse_differences(folder, saved, settings, free):
         fail(f"--resume {folder}: a resumed run must not change " + "; ".join(pairs))
 
 
+def check_writable(flag, folder):
+    """`fail` if a folder cannot be made or filled; makes nothing, so asked before all else."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        fail(f"{flag}: cannot be written (no permission in {place})")
+
+
 def lock_run(out_dir):
-    """Lock of a run folder, made if need be. It ends with the process, however that dies."""
+    """Lock of a run folder, made if need be."""
+    return lock_file(f"--out_dir {out_dir}", out_dir / ".lock")
+
+
+def lock_file(flag, path):
+    """Lock of a file, made if need be. It ends with the process, however that dies."""
     try:
-        (out_dir / "code").mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / ".lock", "w", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a", encoding="utf-8")
     except OSError as error:
-        fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
+        fail(f"{flag}: cannot be written ({first_line(error)})")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        fail(f"--out_dir {out_dir} is in use by another process; name another one")
+        fail(f"{flag} is in use by another process; name another one")
     return lock
 
 
 def open_run(out_dir, settings, script, resumed_step):
     """Rank 0: record settings and source, drop rows that will be written again."""
+    (out_dir / "code").mkdir(parents=True, exist_ok=True)
     latest_checkpoint(out_dir, set_aside=True)
     for partial in out_dir.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -556,10 +593,13 @@ def log_rows(out_dir, metrics, records):
     rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
     for name, lines in rows.items():
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
         try:
             with open(out_dir / name, "a", encoding="utf-8") as f:
                 f.write(text)
-        except OSError as error:  # a full disk costs rows, not the run
+        except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
+            with contextlib.suppress(OSError):
+                os.truncate(out_dir / name, size)
             warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
 
 

@@ -14,7 +14,6 @@ command goes on where it was stopped; results of other weights or settings are n
 
 import argparse
 import dataclasses
-import gc
 import hashlib
 import importlib
 import itertools
@@ -30,8 +29,9 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal, checkpoint_settings, encode_prompts, extract_answer, fail, load_method,
-    load_model, load_problems, make_rng, mean, model_folder, weights_fingerprint)
+    answers_equal, check_writable, checkpoint_settings, encode_prompts, extract_answer, fail,
+    load_method, load_model, load_problems, lock_file, make_rng, mean, model_folder, run_program,
+    weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -169,7 +169,6 @@ def open_results(stem, header, places, size):
     follows the last complete chunk, say a torn line, is cut off the part file.
     """
     done, part = Path(f"{stem}.json"), Path(f"{stem}.part.jsonl")
-    part.parent.mkdir(parents=True, exist_ok=True)
     lines = re.findall(rb".*\n", part.read_bytes()) if part.exists() else []
     if not done.exists() and not lines:
         part.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -197,7 +196,7 @@ def write_results(stem, row, records):
         partial = Path(f"{stem}.{end}.partial")
         partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         partial.replace(f"{stem}.{end}")
-    Path(f"{stem}.part.jsonl").unlink()
+    Path(f"{stem}.part.jsonl").unlink(missing_ok=True)
 
 
 def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
@@ -211,10 +210,15 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
     # one batch if alone; ranks wait for each other after a chunk, which 8 batches make cheap
     size, held = cfg.eval_batch * (8 * world_size if world_size > 1 else 1), [[]]
     if stem and rank == 0:
+        if not Path(f"{stem}.json").exists():  # locked: two programs would mix their lines
+            part = lock_file(f"--out {stem}", Path(f"{stem}.part.jsonl"))
         places = list(itertools.product(order, range(samples)))
         held = [open_results(stem, header, places, size * samples)]
     dist.broadcast_object_list(held)
-    records = fail(held[0]) if isinstance(held[0], str) else held[0]
+    records = held[0]
+    if isinstance(records, str):
+        part = None  # unlocked, whoever keeps the traceback
+        fail(records)
     if isinstance(records, dict):
         return records
     for start in range(len(records) // samples, len(order), size):
@@ -226,8 +230,8 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
         records += [{**r, "index": chosen[r["index"]], "marker": cfg.answer_marker}
                     for r in found["records"]]
         if stem and rank == 0:
-            with open(f"{stem}.part.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for r in records[start * samples :])
+            part.writelines(json.dumps(r) + "\n" for r in records[start * samples :])
+            part.flush()
     records.sort(key=lambda r: (r["index"], r["sample"]))
     row = {**header, **summarise(records, samples)}
     if stem and rank == 0:
@@ -424,6 +428,8 @@ def main(argv=None):
     if argv[:1] in (["plot"], ["--table"]):
         return {"plot": plot, "--table": table}[argv[0]](argv[1:])
     args = parse_args(argv)
+    if args.out:
+        check_writable(f"--out {args.out}", Path(args.out))
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
     saved = [checkpoint_settings(model_folder(name)) for name in args.models]
     own = [s.get("eval_data") or s["train"] for s in saved if s] or ["arithmetic"]
@@ -448,7 +454,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    gc.collect()  # without it gloo's threads can abort the interpreter's exit
+    run_program(main)

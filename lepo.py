@@ -18,7 +18,6 @@ Run      python lepo.py                     # tiny model, arithmetic, two CPU co
 
 import argparse
 import dataclasses
-import gc
 import hashlib
 import inspect
 import math
@@ -42,7 +41,8 @@ from common import (
     completion_logprobs, encode_prompts, fail, find_resume, frozen_copy, grade, gumbel_like,
     join_batches, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
     load_problems, lock_run, log_rows, lora_disabled, make_rng, mean, micro_batches, open_run,
-    peak_memory, save_checkpoint, select_rows, top_k_mixture, warn, weights_fingerprint)
+    peak_memory, run_program, save_checkpoint, select_rows, top_k_mixture, warn,
+    weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -237,6 +237,7 @@ class Policy(nn.Module):
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
         self.lm, self.table, self.pad_id = lm, lm.get_input_embeddings(), lm.pad_id
+        self.tokenizer = tokenizer
         self.temperature, self.tau, self.kind = cfg.temperature, cfg.latent_tau, cfg.latent_grad
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
         if cfg.latent_steps == 0:
@@ -453,8 +454,9 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
         steps = {"completion_ids": torch.full((total, limit), policy.pad_id, device=device)}
         for t in range(limit):
             logits = lm_logits(policy.lm, hidden)  # [b, V]
-            if not logits.isfinite().all():
-                raise FloatingPointError(f"NaN or inf logits in the rollout, position {t}")
+            for row in rows[~logits.isfinite().all(1)].tolist():
+                prompt = policy.tokenizer.decode(prompts[row // group_size])
+                raise FloatingPointError(f"NaN or inf logits at position {t} after {prompt!r:.300}")
             ids, embeds, record, state = next_input(
                 policy, logits, hidden, t, state, cfg, rng, greedy)
             for name, value in {"completion_ids": ids, **record}.items():
@@ -623,6 +625,9 @@ def setup_distributed(cfg):
     device = torch.device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            fail(f"--device {cfg.device}: {here} ranks on this machine but {gpus} GPUs")
         torch.cuda.set_device(device)
     if cfg.deterministic:
         if device.type == "cuda" and cfg.top_p < 1:
@@ -880,8 +885,12 @@ def main(argv=None):
         if done is not None:
             row, records = done
             state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+            kept = [records[:: cfg.group_size][:2]]
+            if row["skipped"]:  # by all ranks: keep what each of them drew
+                kept = [None] * world_size
+                dist.all_gather_object(kept, records)
             if rank == 0 and not cfg.dry_run:
-                log_rows(out_dir, row, records[:: cfg.group_size][:2])
+                log_rows(out_dir, row, sum(kept, []))
             if rank == 0:
                 show(row, records[:: cfg.group_size], stalls, cfg, bar)
         stopping = stop_agreed() or state["skipped"] >= 5 or step + 1 == cfg.stop_after
@@ -905,7 +914,8 @@ def main(argv=None):
               f"with --resume auto, or: python eval.py {out_dir} --data "
               f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] >= 5:
-        raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}")
+        raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}; "
+                         "samples.jsonl has all completions of these steps")
     if not saved:
         raise SystemExit(f"{out_dir}: the last checkpoint could not be written")
     if signum:
@@ -914,10 +924,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({str(error)[:99]}): lower --micro_batch, --max_tokens, "
-             "--num_prompts, --eval_batch or --max_completion_length; see --dry_run")
-    dist.destroy_process_group()
-    gc.collect()  # without it gloo's threads can abort the interpreter's exit
+    run_program(main)

@@ -1,5 +1,6 @@
 """Damaged checkpoints, full disks, used folders, changed settings: what a run does then."""
 
+import json
 import pkgutil
 import shutil
 from importlib import import_module
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_lm, save_folder
-from runs import differences, flags, launch, rows, train, tree, wait_until
+from runs import METHODS, differences, flags, launch, rows, train, tree, wait_until
 from safetensors import SafetensorError
 
 import common
@@ -160,6 +161,45 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
         first.wait()
     lock = common.lock_run(out)  # the lock dies with its process
     lock.close()
+
+
+def test_checkpoints_that_a_kill_left_after_the_rename_count_and_go_later(
+        method, model, run, tmp_path):
+    """As a kill between the rename and the deletion of older ones leaves them."""
+    for step in (1, 3):
+        shutil.copytree(run / "step_000002", run / f"step_00000{step}")
+    (run / "step_000005.partial" / "hf").mkdir(parents=True)  # and one before its rename
+    assert common.find_resume(run, "auto", {}, ())[0] == run / "step_000004"
+    shutil.rmtree(run / "step_000004")
+    shutil.rmtree(run / "step_000003")
+    assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
+    assert sorted(p.name for p in run.glob("step_*")) == ["step_000002", "step_000004"]
+
+
+def reseal(folder):
+    """Write the manifest anew, as the script that saved a checkpoint would have."""
+    path = folder / "manifest.json"
+    names = json.loads(path.read_text())
+    path.write_text(json.dumps({name: common.sha256(folder / name) for name in names}))
+
+
+def test_a_checkpoint_of_an_older_script_is_refused_by_the_setting_it_lacks(
+        method, model, run, capsys):
+    config = run / "step_000004" / "hf" / "latent" / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["clip_eps"]
+    config.write_text(json.dumps(settings))
+    reseal(run / "step_000004")
+    assert train(method, flags(model, run, "--resume auto")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "clip_eps: saved None, now 0.2" in line
+
+
+def test_the_checkpoint_of_another_method_is_a_plain_language_model(method, run, tmp_path, capsys):
+    other = next(name for name in METHODS if name != method)
+    more = "--max_replaced_steps 0" if other == "hyrea" else ""
+    assert isinstance(train(other, flags(run, tmp_path / "next", more)), dict)
+    assert f"was trained by {method}: only its language model is used" in capsys.readouterr().err
 
 
 def test_a_renamed_checkpoint_is_refused_in_one_line(method, model, run, capsys):

@@ -1,7 +1,6 @@
 """Stopped from outside: signals, a dead rank, a dead launcher, kill -9 in the middle of a save."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,8 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, make_lm, make_tokenizer
+from conftest import ROOT
 from runs import METHODS, differences, flags, launch, rows, train, wait_until
 
 import common
@@ -24,6 +22,11 @@ ENDLESS = SLOW.replace("40", "100000")
 def method(request):
     """Name of a script, unchanged: the runs here go on in other processes."""
     return request.param
+
+
+def few_problems(spec, split="train", limit=0):
+    """Quicker to tokenise."""
+    return common.load_problems(spec, split, limit or 64)
 
 
 def stop_in_the_middle(method, model, out, signum, ranks):
@@ -68,24 +71,27 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint_too(method, model, tmp_path, s
     assert rows(out) == rows(whole)
 
 
-@pytest.mark.parametrize("moment", ["rollout", "evaluate"])
-def test_a_signal_drops_the_rollout_or_evaluation_that_it_interrupts(
+@pytest.mark.parametrize("moment", ["rollout", "evaluate", "update", "save_checkpoint"])
+def test_a_signal_drops_the_rollout_or_evaluation_that_it_interrupts_and_nothing_else(
         method, model, tmp_path, monkeypatch, moment):
     script, out = import_module(method), tmp_path / "run"
     work, calls = getattr(script, moment), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == (3 if moment != "save_checkpoint" else 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return work(*args, **kwargs)
 
+    monkeypatch.setattr(script, "load_problems", few_problems)
     monkeypatch.setattr(script, moment, interrupted)
     assert train(method, flags(model, out)) == 143
-    step = {"rollout": 1, "evaluate": 4}[moment]  # evaluations at 0, 2, 4; their rollouts count
+    # evaluations at 0, 2, 4, and their rollouts count; an update or a save is finished
+    step = {"rollout": 1, "evaluate": 4, "update": 3, "save_checkpoint": 2}[moment]
     assert [r["step"] for r in rows(out, "train")] == [*range(1, step + 1)]
     assert [r["step"] for r in rows(out, "eval")] == [*range(0, step, 2)]
-    monkeypatch.undo()
+    assert common.latest_checkpoint(out).name == f"step_{step:06d}"
+    monkeypatch.setattr(script, moment, work)
     assert isinstance(train(method, flags(model, out, "--resume auto")), dict)
     assert isinstance(train(method, flags(model, tmp_path / "whole")), dict)
     assert rows(out) == rows(tmp_path / "whole")
@@ -147,51 +153,33 @@ def test_when_a_rank_or_the_launcher_is_killed_the_whole_job_ends(method, model,
         job.wait()
 
 
-def save_without_end(out, policy, tokenizer, optimizer, step, acknowledge):
-    lock = common.lock_run(out)
-    common.open_run(out, {}, __file__, step)
-    while lock:
-        step += 1
-        state = {"step": step, "skipped": 0}
-        assert common.save_checkpoint(out, policy, tokenizer, optimizer, {}, state, 2)
-        os.write(acknowledge, b".")
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts on ps")
+@pytest.mark.parametrize("method", METHODS[:1], indirect=True)
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout_with_a_line_that_says_so(
+        method, model, tmp_path):
+    out = tmp_path / "run"
+    argv = flags(model, out, f"{ENDLESS} --save_every 2 --dist_timeout 1")
+    job = launch(ROOT / f"{method}.py", argv, tmp_path / "log", ranks=2)
+    workers = []
+    try:
+        wait_until(lambda: len(rows(out, "train")) >= 3)
+        workers = worker_pids(job.pid)
+        os.kill(max(workers), signal.SIGSTOP)
+        assert job.wait(60 + 60) != 0
+        assert not any(map(alive, workers))
+    finally:
+        for pid in [job.pid, *workers]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+    said = (tmp_path / "log").read_text()
+    assert "error: rank 0 waited for another one in vain; if none hangs, raise --dist_tim" in said
+    assert common.latest_checkpoint(out)
 
 
 def test_whenever_a_save_is_killed_the_newest_complete_checkpoint_loads(tmp_path):
-    """Run below in a process of its own, which forks one that saves and kills it, 24 times."""
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    """In a process of its own, which forks one that saves and kills it, 24 times."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "kill_saves.py", "24", tmp_path],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "24 kills" in done.stdout, done.stdout + done.stderr
-
-
-def kill_saves(folder, kills=24):
-    script, out, rng = import_module(METHODS[0]), folder / "run", random.Random(0)
-    cfg, tokenizer = script.parse_config(["--device", "cpu"]), make_tokenizer()
-    policy = script.Policy(make_lm(), tokenizer, cfg)
-    optimizer = torch.optim.AdamW(script.param_groups(policy, cfg))
-    sum(p.square().sum() for p in policy.parameters()).backward()
-    optimizer.step()
-    step, cut_short = 0, 0
-    for _ in range(kills):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            save_without_end(out, policy, tokenizer, optimizer, step, writing)
-        os.close(writing)
-        os.read(reading, 1)  # the first save is through
-        time.sleep(rng.random() * 0.2)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        saved = step + 1 + len(os.read(reading, 9999))
-        os.close(reading)
-        cut_short += any(out.glob("*.partial"))
-        latest = common.latest_checkpoint(out)
-        state = common.load_checkpoint(latest, policy, optimizer, {}, ())
-        assert state["step"] in (saved, saved + 1), f"step {state['step']} after {saved} saves"
-        step = state["step"]
-    assert cut_short > kills / 4
-    print(f"{kills} kills, {step} checkpoints, {cut_short} saves cut short")
-
-
-if __name__ == "__main__":
-    kill_saves(Path(sys.argv[1]))

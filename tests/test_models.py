@@ -130,6 +130,8 @@ def test_five_nan_updates_in_a_row_stop_the_run_with_a_checkpoint_that_goes_on(
         patch.setattr(script, "policy_loss", spoiled(script, {1, 2, 3, 4, *range(6, 30)}))
         code = train(method, flags(model, out, more))
     assert "5 updates in a row" in code and len(rows(out, "train")) == 10
+    kept = [r["step"] for r in rows(out, "train", "samples.jsonl")]  # of skipped updates, all
+    assert [kept.count(step) for step in range(1, 11)] == [16] * 4 + [2] + [16] * 5
     values = torch.load(out / "step_000010" / "trainer.pt", weights_only=True)["policy"].values()
     assert all(value.isfinite().all() for value in values)
     assert isinstance(train(method, flags(model, out, f"{more} --resume auto")), dict)

@@ -5,10 +5,12 @@ python tests/comparison.py runs/compare --train arithmetic-restated:3 --seeds 0 
 Each RL method starts from --sft_steps supervised updates in its own kind of thought (GRPO, HRPO and
 LEPO: written chains) and then takes --steps updates on --num_prompts x --group_size completions.
 What is complete is skipped and what was stopped goes on, so the same command can be given again.
-Then all models are evaluated by eval.py (files in OUT/results) and two tables are printed.
+Then all models are evaluated by eval.py (files in OUT/results and OUT/results-soft, their rows also
+in OUT/rows.jsonl) and two tables are printed; `python eval.py --table OUT/rows.jsonl` repeats one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -103,14 +105,19 @@ def main():
     data = ["--data", args.data or args.train, "--limit", str(args.limit)]
     base = f"tiny:{args.train}" if args.model == "tiny" else args.model
     models = [str(args.out / f"{name}-{seed}") for name in args.names for seed in args.seeds]
-    models = [base, *models]
     soft = [model for model in models if Path(model).name.split("-")[0] in ("sft", "grpo")]
-    for mode, folder, chosen in (("trained", "results", models),
-                                 ("soft_thinking", "results-soft", soft)):
-        if chosen:
-            evaluation.main([*chosen, *data, "--mode", mode, "--out", str(args.out / folder)])
-    files = sorted(map(str, args.out.glob("results*/*.json")))
-    evaluation.main(["--table", *files])
+    rows = []
+    with contextlib.redirect_stdout(sys.stderr):
+        for mode, folder, chosen in (("trained", "results", [base, *models]),
+                                     ("soft_thinking", "results-soft", [base, *soft])):
+            out = str(args.out / folder)
+            rows += evaluation.main([*chosen, *data, "--mode", mode, "--out", out])
+    for row in rows:
+        row["model"] = Path(row["model"]).name
+    rows.sort(key=lambda row: row["data"])  # stable: a table for each data set
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (args.out / "rows.jsonl").write_text(text, encoding="utf-8")
+    evaluation.main(["--table", str(args.out / "rows.jsonl")])
     print("\n| | minutes, start included | tokens generated in RL |\n|---|---|---|")
     for name in args.names:
         minutes, tokens = cost(name, args)

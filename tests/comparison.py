@@ -1,6 +1,7 @@
 """Every method and baseline on one task: same base, same demonstrations, equal updates, many seeds.
 
-python tests/comparison.py runs/compare --train arithmetic-restated:3 --seeds 0 1 2 3 4 --jobs 2
+python tests/comparison.py runs/compare                              # tiny, 5 seeds: two hours
+python tests/comparison.py runs/real --model FOLDER --train FILE.jsonl --data svamp,gsm8k
 
 Each RL method starts from --sft_steps supervised updates in its own kind of thought (GRPO, HRPO and
 LEPO: written chains) and then takes --steps updates on --num_prompts x --group_size completions.
@@ -39,8 +40,9 @@ def parse_args():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--train", default="arithmetic-restated:3")
-    parser.add_argument("--data", default="", help="what is evaluated (the test split of --train)")
+    parser.add_argument("--train", default="arithmetic-restated:2-4")
+    parser.add_argument("--data", default="", help="held-out sets, by commas (test split)")
+    parser.add_argument("--max_completion_length", type=int, default=48)
     parser.add_argument("--names", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -59,7 +61,8 @@ def command(name, seed, args):
     model = args.out / f"{start}-{seed}" if start else args.model
     words = f"--train {args.train} --seed {seed} --num_prompts {args.num_prompts} " \
             f"--group_size {args.group_size} --steps {args.steps} --eval_limit {args.limit} " \
-            f"--resume auto {flags} {args.more}"
+            f"--max_completion_length {args.max_completion_length} --resume auto {flags} {args.more}"
+    words += f" --eval_data {args.data.split(',')[0]}" * bool(args.data)
     supervised = ["--sft_steps", str(args.sft_steps)] * (script in ("hyrea", "latent_grpo"))
     return [sys.executable, str(ROOT / f"{script}.py"), "--model", str(model), "--out_dir",
             str(args.out / f"{name}-{seed}"), *supervised, *words.split()]

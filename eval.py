@@ -173,7 +173,7 @@ def open_results(stem, header, places, size):
     if not done.exists() and not lines:
         part.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
-    saved = read_json(done) if done.exists() else json.loads(lines[0])
+    saved = read_rows(done)[0] if done.exists() else json.loads(lines[0])
     for key, value in header.items():
         if saved.get(key) != value:
             return (f"{done if done.exists() else part}: is another evaluation, {key} "
@@ -268,10 +268,11 @@ def print_table(groups):
 
 
 def table(files):
-    """Print the table of .json files that --out wrote; models that differ in the seed are one."""
+    """Print the table of what --out wrote: .json files, or lines of .jsonl; seeds make one row."""
     groups = {}
-    for file in files or [fail("--table: name .json files that --out wrote")]:
-        row = read_json(file)
+    if not files:
+        fail("--table: name .json files that --out wrote")
+    for file, row in ((name, row) for name in files for row in read_rows(name)):
         if not {"model", "data", "mode", "given", "accuracy", "stderr", "n"} <= row.keys():
             fail(f"{file}: is no .json that --out wrote")
         *key, seed = group(row)
@@ -282,12 +283,15 @@ def table(files):
     print_table({key: [*rows.values()] for key, rows in groups.items()})
 
 
-def read_json(file):
+def read_rows(file):
+    """A .json file -> [the object in it]; .jsonl -> [the object of each line]."""
     try:
-        value = json.loads(Path(file).read_bytes())
+        text = Path(file).read_bytes()
+        lines = text.splitlines() if str(file).endswith(".jsonl") else [text]
+        values = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         fail(f"{file}: {error}")
-    return value if isinstance(value, dict) else {}
+    return [value if isinstance(value, dict) else {} for value in values]
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe-Ito
@@ -340,7 +344,7 @@ def read_curves(sources, y, x=""):
         if not source.endswith(".json"):
             found = [(name, f" {name}" * ("," in metric)) for name in metric.split(",")]
             figure = {"y": metric, "runs": [read_curve(source, *pair) for pair in found]}
-        elif "given" in (figure := read_json(source)):
+        elif "given" in (figure := read_rows(source)[0]):
             curve = result_curve(source, figure, metric, x)
             figure = {"y": metric if x else "pass@k", "x": x, "runs": [curve]}
         if not runs:  # the first one decides what was not asked for

@@ -1,14 +1,17 @@
 """Every method and baseline on one task: same base, same demonstrations, equal updates, many seeds.
 
-python tests/comparison.py runs/compare --train arithmetic-restated:3 --seeds 0 1 2 3 4 --jobs 2
+python tests/comparison.py runs/compare                              # tiny, 5 seeds: two hours
+python tests/comparison.py runs/real --model FOLDER --train FILE.jsonl --data svamp,gsm8k
 
 Each RL method starts from --sft_steps supervised updates in its own kind of thought (GRPO, HRPO and
 LEPO: written chains) and then takes --steps updates on --num_prompts x --group_size completions.
 What is complete is skipped and what was stopped goes on, so the same command can be given again.
-Then all models are evaluated by eval.py (files in OUT/results) and two tables are printed.
+Then all models are evaluated by eval.py (files in OUT/results and OUT/results-soft, their rows also
+in OUT/rows.jsonl) and two tables are printed; `python eval.py --table OUT/rows.jsonl` repeats one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -37,8 +40,9 @@ def parse_args():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--train", default="arithmetic-restated:3")
-    parser.add_argument("--data", default="", help="what is evaluated (the test split of --train)")
+    parser.add_argument("--train", default="arithmetic-restated:2-4")
+    parser.add_argument("--data", default="", help="held-out sets, by commas (test split)")
+    parser.add_argument("--max_completion_length", type=int, default=48)
     parser.add_argument("--names", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -57,7 +61,8 @@ def command(name, seed, args):
     model = args.out / f"{start}-{seed}" if start else args.model
     words = f"--train {args.train} --seed {seed} --num_prompts {args.num_prompts} " \
             f"--group_size {args.group_size} --steps {args.steps} --eval_limit {args.limit} " \
-            f"--resume auto {flags} {args.more}"
+            f"--max_completion_length {args.max_completion_length} --resume auto {flags} {args.more}"
+    words += f" --eval_data {args.data.split(',')[0]}" * bool(args.data)
     supervised = ["--sft_steps", str(args.sft_steps)] * (script in ("hyrea", "latent_grpo"))
     return [sys.executable, str(ROOT / f"{script}.py"), "--model", str(model), "--out_dir",
             str(args.out / f"{name}-{seed}"), *supervised, *words.split()]
@@ -103,14 +108,19 @@ def main():
     data = ["--data", args.data or args.train, "--limit", str(args.limit)]
     base = f"tiny:{args.train}" if args.model == "tiny" else args.model
     models = [str(args.out / f"{name}-{seed}") for name in args.names for seed in args.seeds]
-    models = [base, *models]
     soft = [model for model in models if Path(model).name.split("-")[0] in ("sft", "grpo")]
-    for mode, folder, chosen in (("trained", "results", models),
-                                 ("soft_thinking", "results-soft", soft)):
-        if chosen:
-            evaluation.main([*chosen, *data, "--mode", mode, "--out", str(args.out / folder)])
-    files = sorted(map(str, args.out.glob("results*/*.json")))
-    evaluation.main(["--table", *files])
+    rows = []
+    with contextlib.redirect_stdout(sys.stderr):
+        for mode, folder, chosen in (("trained", "results", [base, *models]),
+                                     ("soft_thinking", "results-soft", [base, *soft])):
+            out = str(args.out / folder)
+            rows += evaluation.main([*chosen, *data, "--mode", mode, "--out", out])
+    for row in rows:
+        row["model"] = Path(row["model"]).name
+    rows.sort(key=lambda row: row["data"])  # stable: a table for each data set
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (args.out / "rows.jsonl").write_text(text, encoding="utf-8")
+    evaluation.main(["--table", str(args.out / "rows.jsonl")])
     print("\n| | minutes, start included | tokens generated in RL |\n|---|---|---|")
     for name in args.names:
         minutes, tokens = cost(name, args)

@@ -225,6 +225,9 @@ def test_a_table_averages_what_differs_only_in_its_seed(tmp_path, capsys):
                                             "runs/lepo explicit top_k=5"]
     assert rows[2][3:7] == ["1", "0.250 ± 0.040", "0.375", "0.750"] and rows[4][3] == "2"
     assert not blank and "sample std over seeds" in caption and "standard error" in caption
+    (tmp_path / "rows.jsonl").write_text("\n".join(open(file).read() for file in files))
+    evaluation.main(["--table", str(tmp_path / "rows.jsonl")])
+    assert capsys.readouterr().out.splitlines() == [head, rule, *lines, blank, caption]
 
 
 def test_what_is_no_result_or_does_not_belong_to_its_group_is_refused(tmp_path, capsys):

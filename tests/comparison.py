@@ -61,8 +61,8 @@ def command(name, seed, args):
     model = args.out / f"{start}-{seed}" if start else args.model
     words = f"--train {args.train} --seed {seed} --num_prompts {args.num_prompts} " \
             f"--group_size {args.group_size} --steps {args.steps} --eval_limit {args.limit} " \
-            f"--max_completion_length {args.max_completion_length} --resume auto {flags} {args.more}"
-    words += f" --eval_data {args.data.split(',')[0]}" * bool(args.data)
+            f"--max_completion_length {args.max_completion_length} --resume auto {flags} "
+    words += args.more + f" --eval_data {args.data.split(',')[0]}" * bool(args.data)
     supervised = ["--sft_steps", str(args.sft_steps)] * (script in ("hyrea", "latent_grpo"))
     return [sys.executable, str(ROOT / f"{script}.py"), "--model", str(model), "--out_dir",
             str(args.out / f"{name}-{seed}"), *supervised, *words.split()]

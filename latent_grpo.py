@@ -222,11 +222,15 @@ def latent_step(logits, noise, top_k, top_p, tau):
     if noise is None:
         scores, ids = scores.topk(top_k, -1)
     else:
-        scores, order = scores.sort(-1, descending=True)
-        probs = scores.exp()
-        outside = probs.cumsum(-1) - probs >= top_p
+        size = scores.shape[-1]
+        for count in (min(size, max(1024, top_k)), size):  # sorting all ids is slow, rarely needed
+            best, order = scores.topk(count, -1)
+            probs = best.exp()
+            outside = probs.cumsum(-1) - probs >= top_p
+            if outside[:, -1].all():
+                break  # and so is all that is less likely
         outside[:, :top_k] = False
-        scores = (scores + noise.gather(-1, order)).masked_fill(outside, -math.inf)
+        scores = (best + noise.gather(-1, order)).masked_fill(outside, -math.inf)
         scores, places = scores.topk(top_k, -1)
         ids = order.gather(-1, places)
     return ids, scores, (scores / tau).softmax(-1)

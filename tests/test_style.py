@@ -18,7 +18,7 @@ SHARED = ["3. rollout", "5. evaluation", "6. plumbing", "7. training"]
 METHOD_NAMES = {"Policy", "start_state", "next_input", "reference_logprobs", "policy_loss",
                 "param_groups", "method_metrics"}
 LONGEST = {"common.py": 1210, "eval.py": 455, "README.md": 500,  # others: a script 850, a test 250
-           "latent_grpo.py": 1210, "hyrea.py": 1240, "test_replay.py": 260}
+           "latent_grpo.py": 1215, "hyrea.py": 1240, "test_replay.py": 260}
 
 
 def sections(name):

@@ -1136,9 +1136,9 @@ def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
 def gather_logprobs(lm, states, ids, temperature):
     """states [n, H], ids [n] or [n, K] -> log-probs shaped like ids, entropies [n]."""
     logprobs = torch.log_softmax(lm_logits(lm, states) / temperature, -1)  # [n, V]
-    with torch.no_grad():
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
     found = logprobs.gather(-1, ids if ids.dim() > 1 else ids[:, None])
+    with torch.no_grad():  # last: backward recomputes only up to what it needs
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
     return found.view(ids.shape), entropies
 
 

@@ -87,6 +87,7 @@ class Config:
     minibatches: int = 1  # updates in a pass
     micro_batch: int = "auto"  # sequences in one forward pass on one rank
     max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    gradient_checkpointing: bool = False  # recompute layers in backward: memory for time
     lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
     # evaluation and records
@@ -454,7 +455,7 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
         steps = {"completion_ids": torch.full((total, limit), policy.pad_id, device=device)}
         for t in range(limit):
             logits = lm_logits(policy.lm, hidden)  # [b, V]
-            for row in rows[~logits.isfinite().all(1)].tolist():
+            for row in rows[~logits.sum(1).isfinite()].tolist():
                 prompt = policy.tokenizer.decode(prompts[row // group_size])
                 raise FloatingPointError(f"NaN or inf logits at position {t} after {prompt!r:.300}")
             ids, embeds, record, state = next_input(
@@ -718,7 +719,8 @@ def show(row, records, stalls, cfg, bar):
 
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
-              "print_every", "micro_batch", "max_tokens", "dist_timeout")  # by a resumed run
+              "print_every", "micro_batch", "max_tokens", "gradient_checkpointing",
+              "dist_timeout")  # by a resumed run
 
 
 def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step):
@@ -831,6 +833,8 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)  # the same adapters and method parameters on every rank
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
+    if cfg.gradient_checkpointing:  # only in train(): rollouts and evaluations need the cache
+        lm.activation_checkpointing_enable()
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)

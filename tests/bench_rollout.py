@@ -1,14 +1,17 @@
 """Time `rollout` against transformers' `generate`: same model, prompts and lengths, alternating.
 
 python tests/bench_rollout.py                       # 0.5M and 4M random models
-python tests/bench_rollout.py --model FOLDER --batch 32 --new 24 --repeats 3
+python tests/bench_rollout.py --model FOLDER --batch 16 --new 16 --repeats 3
+python tests/bench_rollout.py --scale               # cost against length, batch and vocabulary
 
 Equal lengths: nothing ends early. Skewed lengths: every step ends with probability 4 / new, so the
 mean is about a quarter of the maximum. Prints medians over the repeats: tokens per second, and the
-time of each variant as a multiple of its baseline's in the same repeat.
+time of each variant as a multiple of its baseline's in the same repeat. Every step of a latent
+variant is latent; where that changes the lengths, skewed ones are not compared.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -23,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_lm, make_tokenizer
 
 import hrpo
+import hyrea
+import latent_grpo
 import lepo
 from common import load_model, make_rng
 
@@ -30,56 +35,105 @@ CUT = "--top_k 30 --top_p 0.95"  # what LEPO samples from, also when it is expli
 VARIANTS = {  # name: (script, flags, baseline)
     "generate": (hrpo, "--no-hybrid", "generate"),
     "explicit": (hrpo, "--no-hybrid", "generate"),
-    "HRPO, every step hybrid": (hrpo, "--hybrid", "explicit"),
-    "explicit, top-k 30, top-p .95": (lepo, f"--latent_steps 0 {CUT}", "explicit"),
-    "LEPO, every step latent": (lepo, f"--latent_steps 9999 {CUT}",
-                                "explicit, top-k 30, top-p .95")}
+    "HRPO": (hrpo, "--hybrid", "explicit"),
+    "explicit, top-k 50": (hrpo, "--no-hybrid --top_k 50", "generate"),
+    "HRPO, top-k 50": (hrpo, "--hybrid --top_k 50", "explicit, top-k 50"),
+    "explicit, top-k 30, top-p .95": (lepo, f"--latent_steps 0 {CUT}", "generate"),
+    "LEPO, top-k 30, top-p .95": (
+        lepo, f"--latent_steps 9999 {CUT}", "explicit, top-k 30, top-p .95"),
+    "Latent-GRPO": (latent_grpo, "--latent", "explicit"),
+    "HyRea": (hyrea, "--latents_per_step 9999", "explicit")}
+SAMPLED = ("generate", "explicit", "HRPO")  # their lengths agree, skewed ones too
+
+
+def clock():
+    """Seconds; of CPU time with one thread, which other work on the machine disturbs less."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def make_policy(name, lm, tokenizer, cfg):
+    """A policy whose latent phase never ends, which a random model would end at odd places."""
+    if name == "HyRea":
+        lm, tokenizer = copy.deepcopy((lm, tokenizer))  # it adds three tokens
+        hyrea.start_state = lambda rows, *_: {"left": torch.full((rows,), 9999)}
+    policy = VARIANTS[name][0].Policy(lm, tokenizer, cfg).eval()
+    if name.startswith("HRPO"):
+        policy.marker.may_complete[:] = False
+    policy.marker_ids = [-1]  # Latent-GRPO's
+    return policy
 
 
 def time_ours(script, policy, prompts, cfg, seed):
-    start = time.perf_counter()
+    start = clock()
     batch = script.rollout(policy, prompts, cfg, make_rng("cpu", seed), cfg.group_size)
-    return int(batch["lengths"].sum()) / (time.perf_counter() - start)
+    return int(batch["lengths"].sum()) / (clock() - start)
 
 
 def time_generate(lm, prompts, cfg, seed):
     ids = torch.tensor(prompts).repeat_interleave(cfg.group_size, 0)
     torch.manual_seed(seed)
-    start = time.perf_counter()
+    start = clock()
     out = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
                       temperature=1.0, max_new_tokens=cfg.max_completion_length,
                       eos_token_id=lm.eos_ids or None, pad_token_id=0)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     ended = torch.isin(out[:, ids.shape[1] :], torch.tensor(lm.eos_ids))
     lengths = ended.int().argmax(1) + 1
     lengths[~ended.any(1)] = out.shape[1] - ids.shape[1]
     return int(lengths.sum()) / seconds
 
 
-def compare(label, lm, tokenizer, args, skewed):
-    """One line per variant: tokens per second, time against its baseline's."""
+def measure(lm, tokenizer, args, names, skewed=False):
+    """Tokens per second of each variant, a list over the repeats."""
     vocabulary = lm.num_tokens
     lm.eos_ids = list(range(3, 3 + max(1, 4 * vocabulary // args.new))) if skewed else []
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, vocabulary, (args.batch // 8, args.prompt), generator=rng).tolist()
-    speeds = {name: [] for name in VARIANTS}
+    speeds, ours = {name: [] for name in names}, {}
+    for name in names:
+        script, flags, _ = VARIANTS[name]
+        argv = ["--preset", "tiny", "--max_completion_length", str(args.new), *flags.split()]
+        cfg = script.parse_config(argv)
+        ours[name] = script, make_policy(name, lm, tokenizer, cfg), prompts, cfg
     for repeat in range(args.repeats + 1):
-        for name, (script, flags, _) in VARIANTS.items():
-            cfg = script.parse_config(["--preset", "tiny", "--max_completion_length",
-                                       str(args.new), *flags.split()])
-            if name == "generate":
-                speed = time_generate(lm, prompts, cfg, repeat)
-            else:
-                policy = script.Policy(lm, tokenizer, cfg).eval()
-                speed = time_ours(script, policy, prompts, cfg, repeat)
-            if repeat > 0:  # the first round only warms up
-                speeds[name].append(speed)
-    for name, (_, _, base) in VARIANTS.items():
+        for name in names:
+            speed = (time_generate(lm, prompts, ours[name][3], repeat) if name == "generate"
+                     else time_ours(*ours[name], repeat))
+            speeds[name] += [speed] if repeat else []  # the first round only warms up
+    return speeds
+
+
+def compare(label, lm, tokenizer, args, skewed):
+    """One line per variant: tokens per second, time against its baseline's."""
+    names = SAMPLED if skewed else [n for n in VARIANTS if "50" not in n or lm.num_tokens > 50]
+    speeds = measure(lm, tokenizer, args, names, skewed)
+    for name in names:
+        base = VARIANTS[name][2]
         times = [b / a for a, b in zip(speeds[name], speeds[base])]
         spread = f"{statistics.median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
         print(f"| {label} | {'skewed' if skewed else 'equal'} | {name} | "
               f"{statistics.median(speeds[name]):.0f} | {'-' if name == base else spread} | "
               f"{'-' if name == base else base} |", flush=True)
+
+
+def random_model(vocabulary, **shape):
+    lm = make_lm(vocab_size=vocabulary, initializer_range=0.02, max_position_embeddings=4096,
+                 **{"hidden_size": 128, "intermediate_size": 512, **shape})
+    lm.num_tokens = vocabulary
+    return lm
+
+
+def scale(args):
+    """One line per length, batch and vocabulary of the 0.5M shape: microseconds per token."""
+    names, tokenizer = ("generate", "explicit", "HRPO", "HRPO, top-k 50"), make_tokenizer()
+    print(f"| new tokens | batch | vocabulary | {' | '.join(names)} |\n|{'---|' * 7}")
+    for new, batch, vocabulary in (
+            (64, 16, 1024), (128, 16, 1024), (256, 16, 1024), (512, 16, 1024), (1024, 16, 1024),
+            (64, 64, 1024), (64, 256, 1024), (64, 16, 8192), (64, 16, 49152)):
+        args.new, args.batch = new, batch
+        speeds = measure(random_model(vocabulary), tokenizer, args, names)
+        cells = " | ".join(f"{1e6 / statistics.median(speeds[name]):.1f}" for name in names)
+        print(f"| {new} | {batch} | {vocabulary} | {cells} |", flush=True)
 
 
 def main():
@@ -89,20 +143,22 @@ def main():
     parser.add_argument("--prompt", type=int, default=24)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--scale", action="store_true")
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print(f"{torch.get_num_threads()} threads, {args.repeats} repeats")
+    if args.scale:
+        return scale(args)
     if args.model:
-        lm, tokenizer = load_model(args.model)
-        models = {args.model.rstrip("/").split("/")[-1]: (lm, tokenizer)}
+        models = {args.model.rstrip("/").split("/")[-1]: load_model(args.model)}
     else:
-        small = dict(vocab_size=len(make_tokenizer()), hidden_size=128, intermediate_size=512,
-                     initializer_range=0.02)
-        large = {**small, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
-        models = {"0.5M": (make_lm(**small), make_tokenizer()),
-                  "4M": (make_lm(**large), make_tokenizer())}
-    print(f"{torch.get_num_threads()} threads, batch {args.batch}, {args.new} new tokens at most")
-    print("| model | lengths | variant | tokens / s | time (lowest-highest) | times that of |")
-    print("|---|---|---|---|---|---|")
+        small, tokenizer = len(make_tokenizer()), make_tokenizer()
+        large = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+        models = {"0.5M": (random_model(small), tokenizer),
+                  "4M": (random_model(small, **large), tokenizer)}
+    print(f"batch {args.batch}, {args.new} new tokens at most\n"
+          "| model | lengths | variant | tokens / s | time (lowest-highest) | times that of |\n"
+          "|---|---|---|---|---|---|")
     for label, (lm, tokenizer) in models.items():
         for skewed in (False, True):
             compare(label, lm, tokenizer, args, skewed)

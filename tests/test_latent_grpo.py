@@ -173,3 +173,15 @@ def test_the_floor_forces_the_marker_and_scores_only_what_follows():
     assert batch["completion_ids"][:, :4].tolist() == [marker] * 12
     assert not batch["latent_mask"].any() and not batch["loss_mask"][:, :4].any()
     assert torch.equal(batch["loss_mask"][:, 4:], batch["completion_mask"][:, 4:])
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])  # the nucleus holds most, many, few of the ids
+def test_a_large_vocabulary_is_only_sorted_as_far_as_the_nucleus_needs(spread):
+    logits, noise = spread * torch.randn(5, 3000), torch.randn(5, 3000)
+    logits[0] *= 10  # one row alone is sure
+    ids, scores, _ = script.latent_step(logits, noise, 4, 0.95, 1.0)
+    logprobs, order = logits.log_softmax(-1).sort(-1, descending=True)
+    outside = logprobs.exp().cumsum(-1) - logprobs.exp() >= 0.95
+    outside[:, :4] = False
+    wanted, places = (logprobs + noise.gather(-1, order)).masked_fill(outside, -1e9).topk(4, -1)
+    assert torch.equal(scores, wanted) and torch.equal(ids, order.gather(-1, places))

@@ -325,7 +325,8 @@ def result_curve(file, row, y, x):
         fail(f"{file}: has no {name}; it has {', '.join(k for k in sorted(found) if k[0] != '-')}")
     if x:
         model, data, seed = group(row)
-        label, points = f"{model}, {data}", {found[x]: found[y]}
+        name = model.removeprefix(f"{Path(row['model']).parent}/")
+        label, points = f"{name}, {data}", {found[x]: found[y]}
     else:
         given = {k: v for k, v in row["given"].items() if k not in ("num_samples", "eval_batch")}
         name, seed = Path(row["model"]).name, row["seed"]
@@ -364,9 +365,11 @@ def draw_curves(y, runs, file, x=""):
         from matplotlib.figure import Figure
     except ImportError:
         fail("plot needs matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot(axisbelow=True)
     labels = list(dict.fromkeys(run["label"] for run in runs))
+    many = len(labels) > 9  # their legend stands beside the axes
+    figure = Figure(figsize=(9 if many else 6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot(axisbelow=True)
+    data = {label.rpartition(", ")[2] for label in labels}  # after the model, where x is given
     for number, label in enumerate(labels):
         curves = [dict(zip(r["steps"], r["values"])) for r in runs if r["label"] == label]
         if x:
@@ -376,10 +379,13 @@ def draw_curves(y, runs, file, x=""):
         if not steps:
             fail(f"{label}: its seeds have no step in common")
         values = [[curve[step] for curve in curves] for step in steps]
-        colour, style = COLOURS[number % 7], ("-", "--", ":")[number // 7 % 3]
+        colour = COLOURS[number % 7]
+        style = "" if x else ("-", "--", ":")[number // 7 % 3]
+        label = label.rpartition(", ")[0] if x and len(data) == 1 else label
         label += f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
         axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, lw=1.8, ms=5,
-                  marker=MARKERS[number % 7], markevery=max(1, len(steps) // 12), label=label)
+                  marker=MARKERS[(number + number // 7) % 7], label=label,
+                  markevery=max(1, len(steps) // 12))
         if len(curves) > 1:  # a polygon of no width still has an edge
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour,
                               alpha=0.5 if x else 0.18, linewidth=2 if x else 0)
@@ -394,8 +400,9 @@ def draw_curves(y, runs, file, x=""):
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     title = f"mean over seeds; {'bar' if x else 'band'}: lowest to highest"
-    figure.legend(loc="outside upper center", fontsize=10, frameon=False, title_fontsize=9,
-                  ncols=max(1, min(3, 70 // (max(map(len, labels)) + 9))),
+    figure.legend(loc="outside right upper" if many else "outside upper center", fontsize=10,
+                  frameon=False, title_fontsize=9,
+                  ncols=1 if many else max(1, min(3, 70 // (max(map(len, labels)) + 9))),
                   title=title if len(labels) < len(runs) else None)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

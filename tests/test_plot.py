@@ -151,7 +151,7 @@ def test_x_draws_a_point_for_each_group_of_models(tmp_path):
             drawn.append(self), save(self, file)))
         first = draw(tmp_path, *files, "--x", "total_length")
     assert (first["y"], first["x"]) == ("accuracy", "total_length")
-    assert first["runs"][1] == {"run": "runs/a-1", "label": "runs/a, d", "seed": "1",
+    assert first["runs"][1] == {"run": "runs/a-1", "label": "a, d", "seed": "1",
                                 "method": "lepo", "steps": [14.0], "values": [0.9]}
     axes = drawn[0].axes[0]
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]

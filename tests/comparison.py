@@ -51,7 +51,8 @@ def parse_args():
     parser.add_argument("--num_prompts", type=int, default=16)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--limit", type=int, default=1024, help="held-out problems")
-    parser.add_argument("--more", default="", help="flags for every run")
+    parser.add_argument("--more", action="append", default=[],
+                        help="flags for every run, or for those of a script: --more 'hyrea: --x 1'")
     return parser.parse_args()
 
 
@@ -62,7 +63,10 @@ def command(name, seed, args):
     words = f"--train {args.train} --seed {seed} --num_prompts {args.num_prompts} " \
             f"--group_size {args.group_size} --steps {args.steps} --eval_limit {args.limit} " \
             f"--max_completion_length {args.max_completion_length} --resume auto {flags} "
-    words += args.more + f" --eval_data {args.data.split(',')[0]}" * bool(args.data)
+    for more in args.more:  # "flags", or "script: flags"
+        chosen, colon, its_flags = more.partition(": ")
+        words += f"{its_flags if chosen == script else '' if colon else more} "
+    words += f"--eval_data {args.data.split(',')[0]}" * bool(args.data)
     supervised = ["--sft_steps", str(args.sft_steps)] * (script in ("hyrea", "latent_grpo"))
     return [sys.executable, str(ROOT / f"{script}.py"), "--model", str(model), "--out_dir",
             str(args.out / f"{name}-{seed}"), *supervised, *words.split()]

@@ -57,19 +57,21 @@ def parse_args():
 
 
 def command(name, seed, args):
-    """Command line of a run, its stage included."""
+    """Command line of a run, its stage included; what makes it this run stands last and wins."""
     script, start, flags = RUNS[name]
     model = args.out / f"{start}-{seed}" if start else args.model
+    if args.model != "tiny":
+        flags = flags.replace("soft_grpo", "soft_grpo_paper")
     words = f"--train {args.train} --seed {seed} --num_prompts {args.num_prompts} " \
             f"--group_size {args.group_size} --steps {args.steps} --eval_limit {args.limit} " \
-            f"--max_completion_length {args.max_completion_length} --resume auto {flags} "
+            f"--max_completion_length {args.max_completion_length} --resume auto "
+    words += f"--eval_data {args.data.split(',')[0]} " * bool(args.data)
     for more in args.more:  # "flags", or "script: flags"
         chosen, colon, its_flags = more.partition(": ")
         words += f"{its_flags if chosen == script else '' if colon else more} "
-    words += f"--eval_data {args.data.split(',')[0]}" * bool(args.data)
     supervised = ["--sft_steps", str(args.sft_steps)] * (script in ("hyrea", "latent_grpo"))
     return [sys.executable, str(ROOT / f"{script}.py"), "--model", str(model), "--out_dir",
-            str(args.out / f"{name}-{seed}"), *supervised, *words.split()]
+            str(args.out / f"{name}-{seed}"), *supervised, *words.split(), *flags.split()]
 
 
 def run_seed(seed, args):

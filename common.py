@@ -112,7 +112,7 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
         fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
     ends = [tokenizer.eos_token_id, lm.generation_config.eos_token_id, config.eos_token_id]
     ends = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
-    lm.num_tokens, lm.compute_dtype = len(tokenizer), dtype
+    lm.num_tokens, lm.compute_dtype, lm.share_prompts = len(tokenizer), dtype, False
     lm.eos_ids = sorted(i for i in ends if i < lm.num_tokens)
     if not lm.eos_ids:
         fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
@@ -1104,12 +1104,31 @@ def completion_hidden(lm, batch, embeds):
 
     embeds [B, T, H]: the input at each completion position. The hidden state at absolute position
     P + t - 1 decides completion position t, whose embedding is the input at P + t; so the last one
-    decides nothing and is not fed.
+    decides nothing and is not fed. With lm.share_prompts, rows with the same prompt share its pass:
+    their completions attend to the same keys and values, through which its gradients add up.
     """
-    prompt = lm.get_input_embeddings()(batch["prompt_ids"])  # [B, P, H]
-    inputs = torch.cat([prompt, embeds[:, :-1]], 1)
-    exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)
-    return lm_hidden(lm, inputs, exists)[:, prompt.shape[1] - 1 :]
+    from transformers import DynamicCache
+
+    ids, prompt_mask, table = batch["prompt_ids"], batch["prompt_mask"], lm.get_input_embeddings()
+    exists = torch.cat([prompt_mask, batch["completion_mask"][:, :-1]], 1)
+    share = lm.share_prompts and not (lm.training and lm.is_activation_checkpointing)  # no cache
+    first, same = first_of_each(ids, prompt_mask) if share else (ids, None)
+    if len(first) == len(ids):
+        inputs = torch.cat([table(ids), embeds[:, :-1]], 1)
+        return lm_hidden(lm, inputs, exists)[:, ids.shape[1] - 1 :]
+    cache = DynamicCache()
+    last = lm_hidden(lm, table(ids[first]), prompt_mask[first], cache=cache)[:, -1:]  # [b, 1, H]
+    cache.batch_select_indices(same)
+    return torch.cat([last[same], lm_hidden(lm, embeds[:, :-1], exists, cache=cache)], 1)
+
+
+def first_of_each(prompt_ids, prompt_mask):
+    """Prompts [B, P] -> first row of each distinct one [b], and which of them each row has [B]."""
+    numbers = {}
+    keys = [str(ids[mask].tolist()) for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu())]
+    same = [numbers.setdefault(key, len(numbers)) for key in keys]
+    first = [same.index(number) for number in range(len(numbers))]
+    return [torch.tensor(rows, device=prompt_ids.device) for rows in (first, same)]
 
 
 def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
@@ -1233,11 +1252,19 @@ def join_batches(batches):
     return joined
 
 
-def micro_batches(batch, rows, micro_batch, max_tokens=0):
-    """Row numbers, longest row first, in lists of at most micro_batch rows, max_tokens tokens."""
+def micro_batches(batch, rows, micro_batch, max_tokens=0, share_prompts=False):
+    """Row numbers, longest row first, in lists of at most micro_batch rows, max_tokens tokens.
+
+    share_prompts: rows with the same prompt stay together, in the place of the longest of them.
+    """
     lengths, prompts = batch["lengths"].tolist(), batch["prompt_mask"].sum(1).tolist()
-    pieces = [[]]
-    for row in sorted(rows, key=lambda r: -lengths[r] - prompts[r]):
+    same = range(len(lengths))
+    if share_prompts:
+        same = first_of_each(batch["prompt_ids"], batch["prompt_mask"])[1].tolist()
+    pieces, longest = [[]], {}
+    for row in rows:
+        longest[same[row]] = max(lengths[row] + prompts[row], longest.get(same[row], 0))
+    for row in sorted(rows, key=lambda r: (-longest[same[r]], same[r])):
         grown = [*pieces[-1], row]
         width = max(lengths[r] for r in grown) + max(prompts[r] for r in grown)
         full = len(grown) > micro_batch or 0 < max_tokens < len(grown) * width

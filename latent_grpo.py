@@ -90,6 +90,7 @@ class Config:
     micro_batch: int = "auto"  # sequences in one forward pass on one rank
     max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
     gradient_checkpointing: bool = False  # recompute layers in backward: memory for time
+    share_prompts: bool = "auto"  # a prompt's pass serves its group in updates (auto: real models)
     lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
     # evaluation and records
@@ -171,7 +172,7 @@ PRESETS = {
         minibatches=1, micro_batch=64, lora_rank=0, eval_every=20, eval_limit=1024,
         eval_batch=1024, save_every=50, latent_top_k=2, noise_scale=0.5, one_sided=True,
         mask_invalid=True, first_token_selection=True, sft_steps=800, cot_steps=0, sft_batch=64,
-        sft_lr=2e-3, sft_save_every=200),
+        sft_lr=2e-3, sft_save_every=200, share_prompts=False),
     "paper": dict(  # GSM8K with Llama-3.2-1B-Instruct [code]; lengths of prompts, stage 1 [ours]
         train="gsm8k", answer_marker="</think>", steps=10000, num_prompts=64, group_size=8,
         max_extra_rollouts=50, max_prompt_length=384, max_completion_length=128, temperature=1.0,
@@ -179,7 +180,7 @@ PRESETS = {
         micro_batch=8, lora_rank=0, eval_every=100, eval_limit=512, eval_batch=64, save_every=200,
         latent_top_k=10, noise_scale=1.0, one_sided=True, mask_invalid=True,
         first_token_selection=True, sft_steps=2000, cot_steps=200, sft_batch=256, sft_lr=2e-5,
-        sft_save_every=500),
+        sft_save_every=500, share_prompts=True),
 }
 TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
 # The baseline, at the rate that suits it, and ...
@@ -994,7 +995,7 @@ def show(row, records, stalls, cfg, bar):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "print_every", "micro_batch", "max_tokens", "gradient_checkpointing",
-              "dist_timeout")  # by a resumed run
+              "share_prompts", "dist_timeout")  # by a resumed run
 
 
 def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step):
@@ -1010,7 +1011,7 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
         batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
         every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
-        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts):
             with torch.no_grad():
                 scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
             batch["old_logprobs"][rows, : scored.shape[1]] = scored
@@ -1050,7 +1051,7 @@ def update(policy, ddp_policy, reference, optimizer, batch, cfg, step, sums, pea
         rows = rows[: int(all_reduce(int(live.sum()), dist.ReduceOp.MAX))]
         if not rows:
             return  # nothing to learn: no update, and so no weight decay either
-    pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens)
+    pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts)
     for number, piece in enumerate(pieces, 1):
         micro = select_rows(batch, piece)
         if cfg.kl_coef > 0:
@@ -1109,6 +1110,7 @@ def main(argv=None):
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
     if cfg.gradient_checkpointing:  # only in train(): rollouts and evaluations need the cache
         lm.activation_checkpointing_enable()
+    lm.share_prompts = cfg.share_prompts
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)

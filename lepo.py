@@ -88,6 +88,7 @@ class Config:
     micro_batch: int = "auto"  # sequences in one forward pass on one rank
     max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
     gradient_checkpointing: bool = False  # recompute layers in backward: memory for time
+    share_prompts: bool = "auto"  # a prompt's pass serves its group in updates (auto: real models)
     lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
     # evaluation and records
@@ -148,13 +149,13 @@ PRESETS = {
         lr=3e-4,
         weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=64, lora_rank=0,
         eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, latent_steps=8,
-        latent_tau=0.5),
+        latent_tau=0.5, share_prompts=False),
     "paper": dict(  # the release, for other models [code]; data, marker, evaluation, sizes [ours]
         train="gsm8k", answer_marker="####", steps=99, num_prompts=128, group_size=8, top_p=0.95,
         max_prompt_length=1024, max_completion_length=2048, temperature=1.0, top_k=30, lr=1e-6,
         weight_decay=0.1, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
         warmup_steps=3, eval_every=5, eval_limit=200, eval_batch=64, save_every=25,
-        latent_steps=32, latent_tau=0.5),
+        latent_steps=32, latent_tau=0.5, share_prompts=True),
 }
 PRESETS["qwen2.5-3b"] = PRESETS["paper"] | dict(  # the published triples [code]
     model="Qwen/Qwen2.5-3B", latent_steps=64, latent_tau=0.3)
@@ -720,7 +721,7 @@ def show(row, records, stalls, cfg, bar):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "print_every", "micro_batch", "max_tokens", "gradient_checkpointing",
-              "dist_timeout")  # by a resumed run
+              "share_prompts", "dist_timeout")  # by a resumed run
 
 
 def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step):
@@ -736,7 +737,7 @@ def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cf
     if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
         batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
         every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
-        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens):
+        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts):
             with torch.no_grad():
                 scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
             batch["old_logprobs"][rows, : scored.shape[1]] = scored
@@ -776,7 +777,7 @@ def update(policy, ddp_policy, reference, optimizer, batch, cfg, step, sums, pea
         rows = rows[: int(all_reduce(int(live.sum()), dist.ReduceOp.MAX))]
         if not rows:
             return  # nothing to learn: no update, and so no weight decay either
-    pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens)
+    pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts)
     for number, piece in enumerate(pieces, 1):
         micro = select_rows(batch, piece)
         if cfg.kl_coef > 0:
@@ -835,6 +836,7 @@ def main(argv=None):
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
     if cfg.gradient_checkpointing:  # only in train(): rollouts and evaluations need the cache
         lm.activation_checkpointing_enable()
+    lm.share_prompts = cfg.share_prompts
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)

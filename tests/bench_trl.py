@@ -5,10 +5,12 @@ python tests/bench_trl.py                           # needs: pip install trl
 Both take 32 prompts x 8 completions of at most 14 tokens with the same weights, no KL term, a
 learning rate that leaves the weights alone, and no activation checkpointing. Rewards: right
 answers, by which some groups teach nothing and leave our update; and a coin, by which all teach.
-TRL's rows in a pass: ours has 64. Medians over the steps, after three to warm up.
+TRL's rows in a pass: ours has 64. Medians over the steps, after three to warm up. Ours twice: plain,
+and with --share_prompts.
 """
 
 import argparse
+import dataclasses
 import random
 import statistics
 import sys
@@ -31,6 +33,7 @@ from common import encode_prompts, load_model, load_problems
 def our_step(model, cfg, problems):
     """-> a function that makes step number n, and the policy."""
     lm, tokenizer = load_model(model)
+    lm.share_prompts = cfg.share_prompts
     policy = hrpo.Policy(lm, tokenizer, cfg)
     groups = [{**g, "initial_lr": g["lr"]} for g in hrpo.param_groups(policy, cfg)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
@@ -64,22 +67,26 @@ def against_trl(model, steps):
                 for end, answer in zip(ends, gold)]
 
     class Alternate(TrainerCallback):
-        """After each of TRL's steps, one of ours."""
+        """After each of TRL's steps, one of each of ours."""
 
-        def __init__(self, step):
-            self.step, self.found, self.mark = step, [], clock()
+        def __init__(self, *steps):
+            self.steps, self.found, self.mark = steps, [], clock()
 
         def on_step_end(self, args, state, control, **_):
-            trl_seconds, start = clock() - self.mark, clock()
-            row = self.step(state.global_step)
-            self.found.append((trl_seconds, clock() - start, row["zero_std_frac"], row["length"]))
+            seconds = [clock() - self.mark]
+            for step in self.steps:
+                start = clock()
+                row = step(state.global_step)
+                seconds.append(clock() - start)
+            self.found.append((*seconds, row["zero_std_frac"], row["length"]))
             self.mark = clock()
 
     print("| reward | TRL's rows in a pass | groups without spread | lengths, ours and TRL's | "
-          f"TRL, s | ours, s | TRL / ours |\n|{'---|' * 7}")
+          f"TRL, s | ours, s | TRL / ours | sharing prompts, s | TRL / ours |\n|{'---|' * 9}")
     for (hrpo.reward, rows) in ((right, 256), (right, 64), (coin, 256), (coin, 64)):
         lengths.clear()
-        alternate = Alternate(our_step(model, cfg, problems))
+        alternate = Alternate(*(our_step(model, dataclasses.replace(cfg, share_prompts=share),
+                                         problems) for share in (False, True)))
         args = GRPOConfig(
             tempfile.mkdtemp(), per_device_train_batch_size=rows, num_generations=8,
             gradient_accumulation_steps=256 // rows, steps_per_generation=256 // rows,
@@ -91,12 +98,13 @@ def against_trl(model, steps):
                               processing_class=tokenizer, callbacks=[alternate])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        trl, ours, equal, length = zip(*alternate.found[3:])
-        ratio = statistics.median(x / y for x, y in zip(trl, ours))
+        trl, ours, shared, equal, length = zip(*alternate.found[3:])
+        times = [(statistics.median(mine), statistics.median(x / y for x, y in zip(trl, mine)))
+                 for mine in (ours, shared)]
         name = "a coin" if hrpo.reward is coin else "right answers"
         print(f"| {name} | {rows} | {statistics.mean(equal):.2f} | {statistics.mean(length):.1f}, "
               f"{statistics.mean(lengths):.1f} | {statistics.median(trl):.3f} | "
-              f"{statistics.median(ours):.3f} | {ratio:.2f} |", flush=True)
+              f"{' | '.join(f'{s:.3f} | {ratio:.2f}' for s, ratio in times)} |", flush=True)
     hrpo.reward = right
 
 

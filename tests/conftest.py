@@ -62,7 +62,7 @@ def make_lm(kind="llama", seed=0, **changes):
         lm = Qwen2ForCausalLM(Qwen2Config(**{**size, "num_key_value_heads": 2, **changes}))
     else:
         lm = LlamaForCausalLM(LlamaConfig(**{**size, **changes}))
-    lm.num_tokens, lm.compute_dtype = len(make_tokenizer()), torch.float32
+    lm.num_tokens, lm.compute_dtype, lm.share_prompts = len(make_tokenizer()), torch.float32, False
     lm.eos_ids, lm.pad_id = [2], 0
     return lm
 

@@ -747,7 +747,7 @@ def arithmetic_problems(spec, split="train", limit=0):
 
     A step is the operator and the running value; verbose restates the operand, "+8=1"; restated has
     two steps an operation, one that only copies, "+8=3+8", and one that computes, "=1". `answer` is
-    the truth. `steps` and `teacher_answer` come from a sloppy teacher: on a fixed sixth of the
+    the truth. `steps` and `teacher_answer` come from a sloppy teacher: on a fixed fifth of the
     facts (a, op, b) it writes one fixed wrong value 60 % of the time and goes on from there. * has
     only the operands 3, 7, 9: those permute the digits, so that a wrong value stays wrong.
     """

@@ -294,8 +294,9 @@ def read_rows(file):
     return [value if isinstance(value, dict) else {} for value in values]
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe-Ito
-MARKERS = "os^Dv*X"  # a second way to tell curves apart; the next line style after seven
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",  # Okabe-Ito
+           "#999999", "#6A3D9A", "#8C564B")
+MARKERS = "os^Dv*X"  # a second way to tell curves apart; the next line style after ten
 
 
 def read_curve(folder, y, suffix=""):
@@ -379,8 +380,8 @@ def draw_curves(y, runs, file, x=""):
         if not steps:
             fail(f"{label}: its seeds have no step in common")
         values = [[curve[step] for curve in curves] for step in steps]
-        colour = COLOURS[number % 7]
-        style = "" if x else ("-", "--", ":")[number // 7 % 3]
+        colour = COLOURS[number % 10]
+        style = "" if x else ("-", "--", ":")[number // 10 % 3]
         label = label.rpartition(", ")[0] if x and len(data) == 1 else label
         label += f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
         axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, lw=1.8, ms=5,

@@ -5,8 +5,8 @@ python tests/bench_trl.py                           # needs: pip install trl
 Both take 32 prompts x 8 completions of at most 14 tokens with the same weights, no KL term, a
 learning rate that leaves the weights alone, and no activation checkpointing. Rewards: right
 answers, by which some groups teach nothing and leave our update; and a coin, by which all teach.
-TRL's rows in a pass: ours has 64. Medians over the steps, after three to warm up. Ours twice: plain,
-and with --share_prompts.
+TRL's rows in a pass: ours has 64. Medians over the steps, after three to warm up. Ours twice:
+plain, and with --share_prompts.
 """
 
 import argparse

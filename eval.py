@@ -103,6 +103,7 @@ def configure(name, args):
     preset = saved.get("preset", "auto")
     cfg = script.parse_config([  # num_prompts: any that divides by the ranks; it is for training
         "--model", str(path) if saved else name, "--num_prompts", os.environ.get("WORLD_SIZE", "1"),
+        "--minibatches", "1",  # the preset's may not divide it
         "--preset", preset if preset in (*script.PRESETS, "auto") else "paper", *args.flags])
     given = {n: getattr(cfg, n) for n in sorted(given)}
     values = {n: saved[n] for n in names - NOT_SAVED if n in saved}

@@ -133,6 +133,13 @@ def test_ranks_and_presets_of_training_do_not_bind_an_evaluation(run, tmp_path, 
     assert saved.max_completion_length == 12 and configure(model)[1].answer_marker == "####"
 
 
+def test_a_checkpoint_of_the_paper_preset_of_latent_grpo_evaluates(model, tmp_path):
+    argv = flags(model, tmp_path / "run", "--preset paper --eval_limit 4 --answer_marker </think>")
+    assert isinstance(train("latent_grpo", [*argv, "--max_extra_rollouts", "0"]), dict)
+    row, = evaluation.main([str(tmp_path / "run"), "--data", "arithmetic:2", "--limit", "4"])
+    assert row["n"] == 4  # its preset has 4 minibatches, which divide no number of prompts here
+
+
 def test_a_checkpoint_evaluates_as_its_last_row_in_metrics(run):
     method, folder, model = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

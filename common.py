@@ -1111,8 +1111,7 @@ def completion_hidden(lm, batch, embeds):
 
     ids, prompt_mask, table = batch["prompt_ids"], batch["prompt_mask"], lm.get_input_embeddings()
     exists = torch.cat([prompt_mask, batch["completion_mask"][:, :-1]], 1)
-    share = lm.share_prompts and not (lm.training and lm.is_activation_checkpointing)  # no cache
-    first, same = first_of_each(ids, prompt_mask) if share else (ids, None)
+    first, same = first_of_each(ids, prompt_mask) if lm.share_prompts else (ids, None)
     if len(first) == len(ids):
         inputs = torch.cat([table(ids), embeds[:, :-1]], 1)
         return lm_hidden(lm, inputs, exists)[:, ids.shape[1] - 1 :]
@@ -1125,7 +1124,7 @@ def completion_hidden(lm, batch, embeds):
 def first_of_each(prompt_ids, prompt_mask):
     """Prompts [B, P] -> first row of each distinct one [b], and which of them each row has [B]."""
     numbers = {}
-    keys = [str(ids[mask].tolist()) for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu())]
+    keys = [tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu())]
     same = [numbers.setdefault(key, len(numbers)) for key in keys]
     first = [same.index(number) for number in range(len(numbers))]
     return [torch.tensor(rows, device=prompt_ids.device) for rows in (first, same)]

@@ -763,7 +763,7 @@ def main(argv=None):
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
     if cfg.gradient_checkpointing:  # only in train(): rollouts and evaluations need the cache
         lm.activation_checkpointing_enable()
-    lm.share_prompts = cfg.share_prompts
+    lm.share_prompts = cfg.share_prompts and not cfg.gradient_checkpointing  # no cache there
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)

@@ -48,10 +48,11 @@ def test_prompts_that_differ_in_the_mask_or_by_a_leading_pad_id_are_told_apart()
     assert first.tolist() == [0, 1, 3] and same.tolist() == [0, 1, 0, 2]
 
 
-def test_micro_batches_keep_rows_of_a_prompt_together():
+@pytest.mark.parametrize("longest_row", [2, 50])  # 2: all are equally long
+def test_micro_batches_keep_rows_of_a_prompt_together(longest_row):
     prompts = torch.arange(6).repeat_interleave(4)[torch.randperm(24)]
     batch = {"prompt_ids": prompts[:, None], "prompt_mask": torch.ones(24, 1).bool(),
-             "lengths": torch.randint(1, 50, (24,))}
+             "lengths": torch.randint(1, longest_row, (24,))}
     pieces = micro_batches(batch, range(24), 8, 0, True)
     assert sorted(sum(pieces, [])) == list(range(24))
     assert all(len(set(prompts[piece].tolist())) == 2 for piece in pieces)

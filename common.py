@@ -1,8 +1,10 @@
-"""What the four scripts share and no method depends on: models, problems and rewards, embeddings.
+"""What the four scripts share and no method depends on.
 
-1. models                 load_model (hub id, folder, tiny), LoRA, prompts, checkpoints, run folder
-2. problems and rewards   load_problems (files, named sets, arithmetic), extract_answer, is_correct
-3. latent embeddings      soft_embedding, top_k_mixture, log-probs of completions, batches of rows
+1. models                   load_model (hub id, folder, tiny), LoRA, the tiny model
+2. problems and prompts     load_problems (files, named sets, arithmetic), encode_prompts, Marker
+3. answer checking          extract_answer, answers_equal, is_correct, grade
+4. embeddings and batches   hidden states, log-probs, mixtures of embeddings, batches of rows
+5. runs                     flags, stop signals, ranks, sums of metrics, checkpoints, run folder
 
 Shape letters as in the scripts: B sequences, N prompts, P prompt length, T completion length,
 V vocabulary, H hidden size, K candidates. Bad input ends in `fail`: one line and exit code 2.
@@ -53,26 +55,6 @@ def fail(message):
     """Bad input from the user: one clear line and exit code 2."""
     warn(message, "error")
     raise SystemExit(2)
-
-
-def run_program(main):
-    """Run `main`; errors that a user can mend end in one line, from the rank that met them."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 ends no run
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {first_line(error)}; lower --micro_batch, --max_tokens, --num_prompts, "
-                 "--eval_batch or --max_completion_length; see --dry_run")
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not re.search("[Tt]imed out|[Tt]imeout", str(error)):
-            raise
-        sys.exit(f"error: rank {os.environ.get('RANK')} waited for another one in vain; if none "
-                 f"hangs, raise --dist_timeout ({first_line(error)})")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    gc.collect()  # without it gloo's threads can abort the interpreter's exit
 
 
 # === 1. models ====================================================================================
@@ -234,70 +216,6 @@ def merged_state_dict(lm):
     return {k: v.contiguous() for k, v in state.items()}
 
 
-def encode_prompts(tokenizer, problems, marker, max_length):
-    """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
-
-    The chat template is rendered to text and tokenised without special tokens, so that a BOS is
-    never doubled. A tokenizer without a template gets a plain prompt, with its special tokens.
-    """
-    task = ("Think through the problem step by step. Then end your thinking with the marker "
-            f"{marker} , written exactly once, and give only the final answer after it, like "
-            f"this: reasoning {marker} answer")
-    ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
-    if marker not in tokenizer.decode(ids, skip_special_tokens=True):
-        fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
-             "tokenizer; no graded text would contain it")
-    texts = []
-    for problem in problems:
-        question = problem["question"].strip()
-        turns = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        if "system" not in (tokenizer.chat_template or ""):  # such templates refuse a system turn
-            turns = [{"role": "user", "content": f"{task}\n\n{question}"}]
-        if tokenizer.chat_template:
-            form = {"tokenize": False, "add_generation_prompt": True}
-            texts.append(tokenizer.apply_chat_template(turns, **form))
-        else:
-            texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
-    plain = not tokenizer.chat_template  # only then is a BOS still missing
-    encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
-    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
-    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
-    if unknown:
-        (warn if unknown < len(texts) else fail)(
-            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
-            "not know; tiny knows digits, + - * and = only: name a --model")
-    kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
-    if not kept:
-        fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
-             f"shortest has {min(map(len, encoded))} tokens")
-    if len(kept) < len(problems):
-        warn(f"dropped {len(problems) - len(kept)} of {len(problems)} prompts: longer than "
-             f"--max_prompt_length {max_length}")
-    return kept
-
-
-class Marker:
-    """Watches completions for a text (say `####`) that may be split over several tokens.
-
-    Only an id whose own text holds the marker's last character (or a part of it, decoded as U+FFFD)
-    can complete it: just the rows that sampled such an id are decoded, and only their last ids.
-    """
-
-    def __init__(self, tokenizer, text, num_tokens, device="cpu"):
-        self.tokenizer, self.text, self.width = tokenizer, text, len(text.encode())
-        pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
-        hits = [text[-1] in piece or "\ufffd" in piece for piece in pieces]
-        self.may_complete = torch.tensor(hits, device=device)  # [V]
-
-    def completed(self, tail_ids):
-        """tail_ids [b, width], newest last, -1 where a completion is shorter -> bool [b]."""
-        hit = self.may_complete[tail_ids[:, -1]]  # [b], a copy
-        for row in hit.nonzero()[:, 0].tolist():
-            ids = [i for i in tail_ids[row].tolist() if i >= 0]
-            hit[row] = self.text in self.tokenizer.decode(ids)
-        return hit
-
-
 def tiny_folder(name):
     """Folder of the trained model `tiny:SPEC`. Rank 0 trains it the first time, the others wait."""
     spec = name.partition(":")[2] or "arithmetic"
@@ -375,243 +293,7 @@ def train_tiny(spec, folder):
     tokenizer.save_pretrained(folder)
 
 
-# ---- checkpoints and run folder ------------------------------------------------------------------
-#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
-#   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
-
-
-def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep):
-    """Write step_NNNNNN, which exists completely or not at all -> True; False on an error, said.
-
-    hf/ loads with plain AutoModelForCausalLM (adapters merged); what the method adds to the model
-    lies in hf/latent/, where no other tool looks. trainer.pt has the trained parameters unmerged,
-    the optimizer and `state`. Written beside its final name, fsynced, sha256 of every file in
-    manifest.json, renamed; then checkpoints older than the newest `keep` are removed.
-    """
-    folder = out_dir / f"step_{state['step']:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    hf, latent = partial / "hf", partial / "hf" / "latent"
-    if folder.exists():
-        return True  # a stop signal just after the periodic save
-    shutil.rmtree(partial, ignore_errors=True)
-    own = {k: v.contiguous() for k, v in policy.state_dict().items()
-           if not k.startswith(("lm.", "table."))}
-    trained = {k: v.detach() for k, v in policy.named_parameters() if v.requires_grad}
-    try:
-        latent.mkdir(parents=True)
-        policy.lm.save_pretrained(hf, state_dict=merged_state_dict(policy.lm))
-        tokenizer.save_pretrained(hf)
-        save_file(own, latent / "method.safetensors")
-        (latent / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
-                   partial / "trainer.pt")
-        umask = os.umask(0)
-        os.umask(umask)
-        manifest = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            path.chmod(0o666 & ~umask)  # safetensors leaves mode 0600
-            manifest[str(path.relative_to(partial))] = sha256(path)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            fsync(path)
-        partial.rename(folder)
-        fsync(out_dir)
-    except Exception as error:  # a full disk raises four kinds, tokenizers' is a bare Exception
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(out_dir).free >> 20
-        warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
-        return False
-    for old in step_folders(out_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return True
-
-
-def load_checkpoint(folder, policy, optimizer, settings, free):
-    """Restore trained parameters and optimizer -> the saved `state`. Runs no pickled code.
-
-    The policy was built from --model, as for a fresh run: a reference copied from it before this
-    call is the original one, never the resumed policy.
-    """
-    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
-    refuse_differences(folder, saved, settings, free)
-    try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
-    parameters = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, value in state.pop("policy").items():
-            parameters[name].copy_(value)
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return state
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def fsync(path):
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def step_folders(out_dir):
-    """Checkpoint folders of a run, oldest first, valid or not."""
-    found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_[0-9]{6,}", p.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(folder):
-    return int(folder.name.removeprefix("step_"))
-
-
-def checkpoint_defect(folder):
-    """Why a checkpoint cannot be trusted; "" when every file matches the manifest."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
-        wrong += [name for name in ("trainer.pt", "hf/latent/config.json") if name not in manifest]
-    except (OSError, ValueError, AttributeError) as error:
-        return first_line(error)
-    return f"{wrong[0]} differs from its sha256" if wrong else ""
-
-
-def latest_checkpoint(out_dir, set_aside=False):
-    """Newest checkpoint that matches its manifest, or None. Names, or sets aside, what it skips."""
-    for folder in reversed(step_folders(out_dir)):
-        defect = checkpoint_defect(folder)
-        if not defect:
-            return folder
-        if set_aside:
-            folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.invalid"))
-        else:
-            warn(f"skipping checkpoint {folder}: {defect}")
-    return None
-
-
-def find_resume(out_dir, resume, settings, free):
-    """(Checkpoint that --resume asks for or None for a fresh run, lock or None); only reads.
-
-    A folder is locked before its checkpoints are read: a live run deletes old ones.
-    `fail`s on a used folder without --resume, on a bad path, and on settings (but those in `free`)
-    that differ from the saved ones.
-    """
-    if out_dir.exists() and not out_dir.is_dir():
-        fail(f"--out_dir {out_dir}: is a file")
-    used = out_dir.is_dir() and any(p.name != ".lock" for p in out_dir.iterdir())
-    if not resume:
-        if used:
-            fail(f"--out_dir {out_dir} is not empty: go on with --resume auto, or name another one")
-        check_writable(f"--out_dir {out_dir}", out_dir)
-        return None, None
-    lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
-    if resume == "auto":
-        folder = latest_checkpoint(out_dir)
-        if folder is None and latest_checkpoint(out_dir / "sft") is None:
-            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
-        if folder is None:
-            return None, lock  # a supervised stage goes on by itself
-    else:
-        folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
-        if folder.resolve() not in known:
-            fail(f"--resume {resume}: not a checkpoint (step_NNNNNN) in --out_dir {out_dir}")
-        if checkpoint_defect(folder):
-            fail(f"--resume {resume}: {checkpoint_defect(folder)}")
-        if folder.resolve() != known[-1]:
-            fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
-    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
-    refuse_differences(folder, saved, settings, free)
-    return folder, lock
-
-
-def refuse_differences(folder, saved, settings, free):
-    """`fail`, naming every setting that a resumed run would change."""
-    pairs = [f"{key}: saved {saved.get(key)!r}, now {value!r}" for key, value in settings.items()
-             if key not in free and saved.get(key) != value]
-    if pairs:
-        fail(f"--resume {folder}: a resumed run must not change " + "; ".join(pairs))
-
-
-def check_writable(flag, folder):
-    """`fail` if a folder cannot be made or filled; makes nothing, so asked before all else."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        fail(f"{flag}: cannot be written (no permission in {place})")
-
-
-def lock_run(out_dir):
-    """Lock of a run folder, made if need be."""
-    return lock_file(f"--out_dir {out_dir}", out_dir / ".lock")
-
-
-def lock_file(flag, path):
-    """Lock of a file, made if need be. It ends with the process, however that dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a", encoding="utf-8")
-    except OSError as error:
-        fail(f"{flag}: cannot be written ({first_line(error)})")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{flag} is in use by another process; name another one")
-    return lock
-
-
-def open_run(out_dir, settings, script, resumed_step):
-    """Rank 0: record settings and source, drop rows that will be written again."""
-    (out_dir / "code").mkdir(parents=True, exist_ok=True)
-    latest_checkpoint(out_dir, set_aside=True)
-    for partial in out_dir.glob("step_*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    for source in (script, __file__):
-        shutil.copy(source, out_dir / "code" / Path(source).name)
-    record = {**settings, "argv": sys.argv, "torch": torch.__version__}
-    (out_dir / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        partial = path.with_suffix(".partial")
-        kept = [line for line in lines if keep_row(line, resumed_step)]
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-
-def keep_row(line, step):
-    """Is this row one that a run resumed at `step` does not write again? (Half a line is not.)"""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return row["step"] < step or (row["step"] == step and row["kind"] == "train")
-
-
-def log_rows(out_dir, metrics, records):
-    """Append one row to metrics.jsonl and sample completions to samples.jsonl."""
-    place = {"kind": metrics["kind"], "step": metrics["step"]}
-    rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
-    for name, lines in rows.items():
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
-        try:
-            with open(out_dir / name, "a", encoding="utf-8") as f:
-                f.write(text)
-        except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
-            with contextlib.suppress(OSError):
-                os.truncate(out_dir / name, size)
-            warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
-
-
-def peak_memory(device):
-    """Largest memory use so far in GiB: of the GPU's allocator, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# === 2. problems and rewards ======================================================================
+# === 2. problems and prompts ======================================================================
 
 RAW, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 GSM8K = f"{RAW}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math"
@@ -791,7 +473,71 @@ def apply_operation(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-# ---- answer checking -----------------------------------------------------------------------------
+def encode_prompts(tokenizer, problems, marker, max_length):
+    """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
+
+    The chat template is rendered to text and tokenised without special tokens, so that a BOS is
+    never doubled. A tokenizer without a template gets a plain prompt, with its special tokens.
+    """
+    task = ("Think through the problem step by step. Then end your thinking with the marker "
+            f"{marker} , written exactly once, and give only the final answer after it, like "
+            f"this: reasoning {marker} answer")
+    ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    if marker not in tokenizer.decode(ids, skip_special_tokens=True):
+        fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
+             "tokenizer; no graded text would contain it")
+    texts = []
+    for problem in problems:
+        question = problem["question"].strip()
+        turns = [{"role": "system", "content": task}, {"role": "user", "content": question}]
+        if "system" not in (tokenizer.chat_template or ""):  # such templates refuse a system turn
+            turns = [{"role": "user", "content": f"{task}\n\n{question}"}]
+        if tokenizer.chat_template:
+            form = {"tokenize": False, "add_generation_prompt": True}
+            texts.append(tokenizer.apply_chat_template(turns, **form))
+        else:
+            texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
+    plain = not tokenizer.chat_template  # only then is a BOS still missing
+    encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
+    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
+    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
+    if unknown:
+        (warn if unknown < len(texts) else fail)(
+            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
+            "not know; tiny knows digits, + - * and = only: name a --model")
+    kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
+    if not kept:
+        fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
+             f"shortest has {min(map(len, encoded))} tokens")
+    if len(kept) < len(problems):
+        warn(f"dropped {len(problems) - len(kept)} of {len(problems)} prompts: longer than "
+             f"--max_prompt_length {max_length}")
+    return kept
+
+
+class Marker:
+    """Watches completions for a text (say `####`) that may be split over several tokens.
+
+    Only an id whose own text holds the marker's last character (or a part of it, decoded as U+FFFD)
+    can complete it: just the rows that sampled such an id are decoded, and only their last ids.
+    """
+
+    def __init__(self, tokenizer, text, num_tokens, device="cpu"):
+        self.tokenizer, self.text, self.width = tokenizer, text, len(text.encode())
+        pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
+        hits = [text[-1] in piece or "\ufffd" in piece for piece in pieces]
+        self.may_complete = torch.tensor(hits, device=device)  # [V]
+
+    def completed(self, tail_ids):
+        """tail_ids [b, width], newest last, -1 where a completion is shorter -> bool [b]."""
+        hit = self.may_complete[tail_ids[:, -1]]  # [b], a copy
+        for row in hit.nonzero()[:, 0].tolist():
+            ids = [i for i in tail_ids[row].tolist() if i >= 0]
+            hit[row] = self.text in self.tokenizer.decode(ids)
+        return hit
+
+
+# === 3. answer checking ===========================================================================
 # Both answers become trees of exact values, compared node by node; no text is ever run by Python.
 
 MAX_TEXT = 50_000  # characters of a completion that are read, counted from its end
@@ -1067,11 +813,7 @@ def grade(batch, problems, tokenizer, marker):
     return records
 
 
-def mean(records, name):
-    return sum(record[name] for record in records) / len(records)
-
-
-# === 3. latent embeddings =========================================================================
+# === 4. embeddings and batches ====================================================================
 
 
 def autocast(lm):
@@ -1271,3 +1013,266 @@ def micro_batches(batch, rows, micro_batch, max_tokens=0, share_prompts=False):
             pieces.append([])
         pieces[-1].append(row)
     return pieces
+
+
+# === 5. runs ======================================================================================
+
+
+def run_program(main):
+    """Run `main`; errors that a user can mend end in one line, from the rank that met them."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 ends no run
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {first_line(error)}; lower --micro_batch, --max_tokens, --num_prompts, "
+                 "--eval_batch or --max_completion_length; see --dry_run")
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not re.search("[Tt]imed out|[Tt]imeout", str(error)):
+            raise
+        sys.exit(f"error: rank {os.environ.get('RANK')} waited for another one in vain; if none "
+                 f"hangs, raise --dist_timeout ({first_line(error)})")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # without it gloo's threads can abort the interpreter's exit
+
+
+def mean(records, name):
+    return sum(record[name] for record in records) / len(records)
+
+
+# ---- checkpoints and run folder ------------------------------------------------------------------
+#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
+#   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
+
+
+def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep):
+    """Write step_NNNNNN, which exists completely or not at all -> True; False on an error, said.
+
+    hf/ loads with plain AutoModelForCausalLM (adapters merged); what the method adds to the model
+    lies in hf/latent/, where no other tool looks. trainer.pt has the trained parameters unmerged,
+    the optimizer and `state`. Written beside its final name, fsynced, sha256 of every file in
+    manifest.json, renamed; then checkpoints older than the newest `keep` are removed.
+    """
+    folder = out_dir / f"step_{state['step']:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    hf, latent = partial / "hf", partial / "hf" / "latent"
+    if folder.exists():
+        return True  # a stop signal just after the periodic save
+    shutil.rmtree(partial, ignore_errors=True)
+    own = {k: v.contiguous() for k, v in policy.state_dict().items()
+           if not k.startswith(("lm.", "table."))}
+    trained = {k: v.detach() for k, v in policy.named_parameters() if v.requires_grad}
+    try:
+        latent.mkdir(parents=True)
+        policy.lm.save_pretrained(hf, state_dict=merged_state_dict(policy.lm))
+        tokenizer.save_pretrained(hf)
+        save_file(own, latent / "method.safetensors")
+        (latent / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
+                   partial / "trainer.pt")
+        umask = os.umask(0)
+        os.umask(umask)
+        manifest = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            path.chmod(0o666 & ~umask)  # safetensors leaves mode 0600
+            manifest[str(path.relative_to(partial))] = sha256(path)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            fsync(path)
+        partial.rename(folder)
+        fsync(out_dir)
+    except Exception as error:  # a full disk raises four kinds, tokenizers' is a bare Exception
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(out_dir).free >> 20
+        warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
+        return False
+    for old in step_folders(out_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def load_checkpoint(folder, policy, optimizer, settings, free):
+    """Restore trained parameters and optimizer -> the saved `state`. Runs no pickled code.
+
+    The policy was built from --model, as for a fresh run: a reference copied from it before this
+    call is the original one, never the resumed policy.
+    """
+    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
+    refuse_differences(folder, saved, settings, free)
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
+    parameters = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, value in state.pop("policy").items():
+            parameters[name].copy_(value)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def step_folders(out_dir):
+    """Checkpoint folders of a run, oldest first, valid or not."""
+    found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_[0-9]{6,}", p.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoint_defect(folder):
+    """Why a checkpoint cannot be trusted; "" when every file matches the manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
+        wrong += [name for name in ("trainer.pt", "hf/latent/config.json") if name not in manifest]
+    except (OSError, ValueError, AttributeError) as error:
+        return first_line(error)
+    return f"{wrong[0]} differs from its sha256" if wrong else ""
+
+
+def latest_checkpoint(out_dir, set_aside=False):
+    """Newest checkpoint that matches its manifest, or None. Names, or sets aside, what it skips."""
+    for folder in reversed(step_folders(out_dir)):
+        defect = checkpoint_defect(folder)
+        if not defect:
+            return folder
+        if set_aside:
+            folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.invalid"))
+        else:
+            warn(f"skipping checkpoint {folder}: {defect}")
+    return None
+
+
+def find_resume(out_dir, resume, settings, free):
+    """(Checkpoint that --resume asks for or None for a fresh run, lock or None); only reads.
+
+    A folder is locked before its checkpoints are read: a live run deletes old ones.
+    `fail`s on a used folder without --resume, on a bad path, and on settings (but those in `free`)
+    that differ from the saved ones.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        fail(f"--out_dir {out_dir}: is a file")
+    used = out_dir.is_dir() and any(p.name != ".lock" for p in out_dir.iterdir())
+    if not resume:
+        if used:
+            fail(f"--out_dir {out_dir} is not empty: go on with --resume auto, or name another one")
+        check_writable(f"--out_dir {out_dir}", out_dir)
+        return None, None
+    lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
+    if resume == "auto":
+        folder = latest_checkpoint(out_dir)
+        if folder is None and latest_checkpoint(out_dir / "sft") is None:
+            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
+        if folder is None:
+            return None, lock  # a supervised stage goes on by itself
+    else:
+        folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
+        if folder.resolve() not in known:
+            fail(f"--resume {resume}: not a checkpoint (step_NNNNNN) in --out_dir {out_dir}")
+        if checkpoint_defect(folder):
+            fail(f"--resume {resume}: {checkpoint_defect(folder)}")
+        if folder.resolve() != known[-1]:
+            fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
+    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
+    refuse_differences(folder, saved, settings, free)
+    return folder, lock
+
+
+def refuse_differences(folder, saved, settings, free):
+    """`fail`, naming every setting that a resumed run would change."""
+    pairs = [f"{key}: saved {saved.get(key)!r}, now {value!r}" for key, value in settings.items()
+             if key not in free and saved.get(key) != value]
+    if pairs:
+        fail(f"--resume {folder}: a resumed run must not change " + "; ".join(pairs))
+
+
+def check_writable(flag, folder):
+    """`fail` if a folder cannot be made or filled; makes nothing, so asked before all else."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        fail(f"{flag}: cannot be written (no permission in {place})")
+
+
+def lock_run(out_dir):
+    """Lock of a run folder, made if need be."""
+    return lock_file(f"--out_dir {out_dir}", out_dir / ".lock")
+
+
+def lock_file(flag, path):
+    """Lock of a file, made if need be. It ends with the process, however that dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a", encoding="utf-8")
+    except OSError as error:
+        fail(f"{flag}: cannot be written ({first_line(error)})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{flag} is in use by another process; name another one")
+    return lock
+
+
+def open_run(out_dir, settings, script, resumed_step):
+    """Rank 0: record settings and source, drop rows that will be written again."""
+    (out_dir / "code").mkdir(parents=True, exist_ok=True)
+    latest_checkpoint(out_dir, set_aside=True)
+    for partial in out_dir.glob("step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for source in (script, __file__):
+        shutil.copy(source, out_dir / "code" / Path(source).name)
+    record = {**settings, "argv": sys.argv, "torch": torch.__version__}
+    (out_dir / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        partial = path.with_suffix(".partial")
+        kept = [line for line in lines if keep_row(line, resumed_step)]
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def keep_row(line, step):
+    """Is this row one that a run resumed at `step` does not write again? (Half a line is not.)"""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["step"] < step or (row["step"] == step and row["kind"] == "train")
+
+
+def log_rows(out_dir, metrics, records):
+    """Append one row to metrics.jsonl and sample completions to samples.jsonl."""
+    place = {"kind": metrics["kind"], "step": metrics["step"]}
+    rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
+    for name, lines in rows.items():
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
+        try:
+            with open(out_dir / name, "a", encoding="utf-8") as f:
+                f.write(text)
+        except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
+            with contextlib.suppress(OSError):
+                os.truncate(out_dir / name, size)
+            warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
+
+
+def peak_memory(device):
+    """Largest memory use so far in GiB: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

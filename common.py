@@ -10,9 +10,11 @@ Shape letters as in the scripts: B sequences, N prompts, P prompt length, T comp
 V vocabulary, H hidden size, K candidates. Bad input ends in `fail`: one line and exit code 2.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import fcntl
 import gc
 import gzip
@@ -26,10 +28,12 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 import urllib.request
 import zlib
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -151,6 +155,11 @@ def weights_fingerprint(module):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(flat[:: flat.numel() // 256 + 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprint(value):
+    """Short hash of what a value prints as."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def frozen_copy(lm):
@@ -931,23 +940,6 @@ def gumbel_like(x, rng):
     return -draws.clamp(min=1e-30).log()
 
 
-def soft_embedding(probs, table, ids=None):
-    """Expected embedding, brought back to the size of one embedding: (E^T p) / ||p||_2.
-
-    probs [..., V], table (module or weight [V or more, H]) -> [..., H], dtype of the table. With
-    ids [..., K], probs [..., K] belong to those rows, all others are 0. A one-hot p gives its row
-    exactly (under autocast: rounded to bfloat16). No gradient is stopped here.
-    """
-    weight = table.weight if isinstance(table, nn.Module) else table
-    precise = torch.promote_types(probs.dtype, torch.float32)
-    norm = probs.to(precise).norm(dim=-1, keepdim=True)
-    if ids is not None:
-        mean = top_k_mixture(ids, probs, weight)
-    else:
-        mean = probs.to(weight.dtype) @ weight[: probs.shape[-1]]
-    return (mean / norm).to(weight.dtype)
-
-
 def top_k_mixture(ids, weights, table):
     """Weighted sum of K embeddings: ids, weights [..., K] -> [..., H], dtype of the table."""
     weight = table.weight if isinstance(table, nn.Module) else table
@@ -978,19 +970,6 @@ def select_rows(batch, rows):
         elif value.dim() > 1:
             picked[name] = value[:, :longest]
     return picked
-
-
-def join_batches(batches):
-    """Stack batches of different widths: prompts padded on the left, completions on the right."""
-    joined = {}
-    for name in batches[0]:
-        parts = [batch[name] for batch in batches]
-        if parts[0].dim() > 1:
-            gaps = [max(p.shape[1] for p in parts) - part.shape[1] for part in parts]
-            pads = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in gaps]
-            parts = [F.pad(p, (0, 0) * (p.dim() - 2) + pad) for p, pad in zip(parts, pads)]
-        joined[name] = torch.cat(parts)
-    return joined
 
 
 def micro_batches(batch, rows, micro_batch, max_tokens=0, share_prompts=False):
@@ -1038,8 +1017,283 @@ def run_program(main):
     gc.collect()  # without it gloo's threads can abort the interpreter's exit
 
 
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parse_flags(config, presets, doc, argv=None):
+    """The command line -> an instance of the dataclass `config`: every field is a flag.
+
+    A value is that of the command line, else that of the preset, else the field's own. The preset
+    is --preset; by default the one that a checkpoint of ours was trained with, tiny for the tiny
+    model, and paper for all others. An unknown flag or preset ends with exit code 2.
+    """
+    source = inspect.getsource(config)
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.M))
+    parser = argparse.ArgumentParser(
+        usage=f"{Path(inspect.getsourcefile(config)).name} [--flag value ...]", description=doc,
+        formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, add_help=False)
+    for field in dataclasses.fields(config):
+        note = notes[field.name].replace("%", "%%") + " (%(default)s)"
+        if field.type is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{field.name}", action=action, default=field.default, help=note)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default,
+                                metavar=field.type.__name__, help=note)
+    first, _ = parser.parse_known_args(argv)  # only to find the preset
+    preset = first.preset
+    if preset == "auto":
+        by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
+        saved = checkpoint_settings(first.model).get("preset")
+        preset = saved if saved in presets else by_model
+    if preset not in presets:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(presets)}")
+    parser.set_defaults(**presets[preset])
+    parser.add_argument("-h", "--help", action="help", help="show this text and exit")
+    values = vars(parser.parse_args(argv))
+    values["preset"] = preset
+    return config(**values)
+
+
+AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "micro_batch",
+              "eval_every", "eval_batch", "num_samples", "save_every", "keep_checkpoints",
+              "dist_timeout")
+
+
+def resolve_config(cfg, method):
+    """Fill in the settings that follow from others, in place; `fail` on values that cannot work."""
+    if cfg.model == "tiny" and cfg.train.startswith("arithmetic"):
+        cfg.model = f"tiny:{cfg.train}"  # each arithmetic task has its own base model
+    if cfg.warmup_steps < 0:
+        cfg.warmup_steps = round(0.1 * cfg.steps)
+    if cfg.device == "auto":
+        cfg.device = "cpu"
+        if torch.backends.mps.is_available():
+            cfg.device = "mps"
+        if torch.cuda.is_available():
+            cfg.device = "cuda"
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cfg.device.startswith("cuda") else "float32"
+    if not cfg.out_dir:
+        name = re.sub(r"[^\w.-]+", "-", cfg.model.rstrip("/").split("/")[-1])
+        cfg.out_dir = f"runs/{method}-{name}-s{cfg.seed}"
+
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        least = 1 if field.name in AT_LEAST_1 else 0
+        if field.type in (int, float) and not least <= value < math.inf:
+            fail(f"--{field.name} {value}: must be at least {least} and finite")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.num_prompts % ranks:
+        fail(f"--num_prompts {cfg.num_prompts}: must divide by the {ranks} ranks, since a group of "
+             "completions stays together")
+    if cfg.group_size < 2:
+        fail(f"--group_size {cfg.group_size}: advantages need 2 or more completions a problem")
+    if not cfg.temperature > 0:
+        fail(f"--temperature {cfg.temperature}: must be above 0; --greedy evaluates with argmax")
+    if not 0 < cfg.top_p <= 1:
+        fail(f"--top_p {cfg.top_p}: must be in (0, 1]")
+    if not cfg.adam_beta2 < 1:
+        fail(f"--adam_beta2 {cfg.adam_beta2}: must be in [0, 1)")
+    if cfg.lora_rank and cfg.train_embeddings:
+        fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
+    if not cfg.answer_marker:
+        fail("--answer_marker: must not be empty")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        fail(f"--dtype {cfg.dtype}: must be auto, float32 or bfloat16")
+    if cfg.device.split(":")[0] not in ("cuda", "mps", "cpu"):
+        fail(f"--device {cfg.device}: must be auto, cuda, mps or cpu")
+    if not cfg.eval_data and ENDING.search(cfg.train):
+        fail(f"--train {cfg.train}: a file has no test split; name --eval_data")
+
+
+# ---- ranks and stop signals ----------------------------------------------------------------------
+
+
+def setup_distributed(cfg):
+    """Join torchrun's process group, or make a group of one -> rank, world_size, device.
+
+    So no later line has to ask whether there is a group. From here on a stop signal is noted.
+    """
+    device = torch.device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            fail(f"--device {cfg.device}: {here} ranks on this machine but {gpus} GPUs")
+        torch.cuda.set_device(device)
+    if cfg.deterministic:
+        if device.type == "cuda" and cfg.top_p < 1:
+            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **alone)
+    SIGNALS.clear()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+SIGNALS = []  # stop signals that this process received
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # pid of torchrun
+
+
+def on_signal(signum, frame):
+    """Only note it: the ranks agree on stopping once a step. A second Ctrl-C does not wait."""
+    SIGNALS.append(signum)
+    if SIGNALS.count(signal.SIGINT) > 1:
+        raise KeyboardInterrupt
+
+
+def stop_requested():
+    """Was this process told to stop? Or was its launcher killed, which would leave it an orphan?"""
+    return bool(SIGNALS) or LAUNCHER not in (0, os.getppid())
+
+
+def stop_agreed():
+    """The stop signal of some rank, or 0: the same answer on all ranks."""
+    signum = SIGNALS[0] if SIGNALS else signal.SIGTERM
+    return int(all_reduce(signum if stop_requested() else 0, dist.ReduceOp.MAX))
+
+
+def all_reduce(number, op=dist.ReduceOp.SUM):
+    """Sum, or another op, of a number (or lists of them) over the ranks, float64 on the CPU."""
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total, op=op)
+    return total.tolist()
+
+
+def gather(values):
+    """The lists of all ranks, one after the other; the same list on all ranks."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return sum(parts, [])
+
+
+# ---- one step: its problems, its numbers ---------------------------------------------------------
+
+
+def next_problems(problems, number, seed, step):
+    """This rank's share of the `number` problems of a step. Each pass over the data is shuffled."""
+    chosen, orders = [], {}
+    for place in range(step * number, (step + 1) * number):
+        epoch, index = divmod(place, len(problems))
+        if epoch not in orders:
+            rng = make_rng("cpu", seed, "order", epoch)
+            orders[epoch] = torch.randperm(len(problems), generator=rng).tolist()
+        chosen.append(problems[orders[epoch][index]])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return chosen[rank * number // world_size : (rank + 1) * number // world_size]
+
+
+def add_up(sums, found):
+    """Add a micro-batch to sums, {metric: [sum, count]}, in place.
+
+    found: {metric: (values [B, T], mask [B, T] of those that count)}. A NaN is left out.
+    """
+    for name, (values, mask) in found.items():
+        total = values[mask].sum().item()
+        if math.isfinite(total):
+            sums[name][0] += total
+            sums[name][1] += int(mask.sum())
+
+
+def means(sums):
+    """{metric: [sum, count]} of each rank -> {metric: mean over all ranks, None if none counts}."""
+    totals = all_reduce(list(sums.values()))  # [number of metrics, 2]
+    return {name: total / count if count else None for name, (total, count) in zip(sums, totals)}
+
+
+def maxima(peaks):
+    """{metric: largest value of this rank, or -inf} -> {metric: largest of all ranks, or None}."""
+    largest = all_reduce(list(peaks.values()), dist.ReduceOp.MAX)
+    return {name: value if value > -math.inf else None for name, value in zip(peaks, largest)}
+
+
+def record_sums(records, group_size):
+    """Graded completions of a step -> {metric: [sum, count]}. Rows of a group are neighbours."""
+    sums = {}
+    for name in ("reward", "correct", "format_ok", "length", "latent_steps", "truncated_frac"):
+        values = [record[name.removesuffix("_frac")] for record in records]
+        sums[name] = [sum(values), len(values)]
+    rewards = [record["reward"] for record in records]
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    sums["zero_std_frac"] = [sum(min(g) == max(g) for g in groups), len(groups)]
+    return sums
+
+
+def summarise(records, num_samples):
+    """Graded completions of an evaluation, in the order of the problems -> metrics.
+
+    stderr is that of the accuracy over the problems, each the mean of its samples.
+    """
+    correct = torch.tensor([float(record["correct"]) for record in records])
+    scores = correct.view(-1, num_samples).mean(1)  # one per problem
+    latent, length = mean(records, "latent_steps"), mean(records, "length")
+    return {
+        "accuracy": scores.mean().item(), "n": len(scores),
+        "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
+        "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
+        "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
+        "unanswered_frac": mean(records, "unanswered"), "switches": mean(records, "switches")}
+
+
 def mean(records, name):
     return sum(record[name] for record in records) / len(records)
+
+
+def peak_memory(device):
+    """Largest memory use so far in GiB: of the GPU's allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class Progress:
+    """What rank 0 shows of a run: a bar (plain lines without a terminal), samples, warnings."""
+
+    def __init__(self, title, step, steps, dtype="float32"):
+        hidden = True if dist.get_rank() > 0 else None  # None: hidden where there is no terminal
+        self.bar = tqdm(total=steps, initial=step, desc=title, disable=hidden)
+        self.gap_limit = 0.2 if dtype == "bfloat16" else 0.01
+        self.bad_steps = {}  # {problem: steps in a row}
+
+    def show(self, row, records):
+        """A row of metrics.jsonl; with a training row now and then two of its completions."""
+        names = ["reward", "accuracy", "loss", "kl", "length", "total_length", "latent_steps",
+                 "zero_std_frac", "truncated_frac", "seconds"]
+        text = "  ".join(f"{n} {row[n]:.4g}" for n in names if row.get(n) is not None)
+        line = f"{row['kind']:5} step {row['step']:4d}  {text}"
+        if row["kind"] == "eval":
+            tqdm.write(line)
+            return
+        self.bar.set_postfix_str(text)
+        self.bar.update()
+        if self.bar.disable and (row["step"] == 1 or row["step"] % 10 == 0):
+            print(line, flush=True)
+        if row["step"] % 50 == 1:
+            for record in records[:2]:
+                tqdm.write(
+                    f"  {record['question'][-200:]!r} -> {record['completion'][-600:]!r}\n"
+                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
+                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
+        length = row.get("length", math.inf)
+        gap = row.get("logprob_gap") or 0.0
+        self.complain("reward is 0", row.get("reward") == 0)
+        self.complain("over 30 % are truncated", row.get("truncated_frac", 0) > 0.3)
+        self.complain("no position is plain", row.get("latent_steps", 0) >= length)
+        self.complain("logprob_gap is large, rollout and update disagree", gap > self.gap_limit)
+
+    def complain(self, problem, is_there):
+        """Warn once when a problem has been there for 10 steps running, or from the first on."""
+        self.bad_steps[problem] = self.bad_steps.get(problem, 0) + 1 if is_there else 0
+        if self.bad_steps[problem] == 10:
+            warn(f"{problem} for 10 steps: read samples.jsonl, check --answer_marker and lengths")
+
 
 
 # ---- checkpoints and run folder ------------------------------------------------------------------
@@ -1268,11 +1522,3 @@ def log_rows(out_dir, metrics, records):
             with contextlib.suppress(OSError):
                 os.truncate(out_dir / name, size)
             warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
-
-
-def peak_memory(device):
-    """Largest memory use so far in GiB: of the GPU's allocator, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1060,8 +1060,11 @@ AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_lengt
               "dist_timeout")
 
 
-def resolve_config(cfg, method):
-    """Fill in the settings that follow from others, in place; `fail` on values that cannot work."""
+def resolve_config(cfg, method, minibatches=1):
+    """Fill in the settings that follow from others, in place; `fail` on values that cannot work.
+
+    minibatches: updates that share out a rollout.
+    """
     if cfg.model == "tiny" and cfg.train.startswith("arithmetic"):
         cfg.model = f"tiny:{cfg.train}"  # each arithmetic task has its own base model
     if cfg.warmup_steps < 0:
@@ -1083,10 +1086,10 @@ def resolve_config(cfg, method):
         least = 1 if field.name in AT_LEAST_1 else 0
         if field.type in (int, float) and not least <= value < math.inf:
             fail(f"--{field.name} {value}: must be at least {least} and finite")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.num_prompts % ranks:
-        fail(f"--num_prompts {cfg.num_prompts}: must divide by the {ranks} ranks, since a group of "
-             "completions stays together")
+    shares = int(os.environ.get("WORLD_SIZE", 1)) * minibatches
+    if cfg.num_prompts % shares:
+        fail(f"--num_prompts {cfg.num_prompts}: must divide by ranks x minibatches = {shares}, "
+             "since a group of completions stays together")
     if cfg.group_size < 2:
         fail(f"--group_size {cfg.group_size}: advantages need 2 or more completions a problem")
     if not cfg.temperature > 0:
@@ -1199,6 +1202,22 @@ def add_up(sums, found):
         if math.isfinite(total):
             sums[name][0] += total
             sums[name][1] += int(mask.sum())
+
+
+def largest(values, mask):
+    """Largest of values [B, T] >= 0 where mask [B, T] is True; at most 1e9, which JSON can hold."""
+    return values.masked_fill(~mask, 0).max().clamp(max=1e9).item()
+
+
+def combine(updates):
+    """Metrics of several updates, a list of (sums, peaks) -> (sums, peaks), as of one update."""
+    sums, peaks = updates[0]
+    for more_sums, more_peaks in updates[1:]:
+        for name, (total, count) in more_sums.items():
+            sums[name] = [sums[name][0] + total, sums[name][1] + count]
+        for name, peak in more_peaks.items():
+            peaks[name] = max(peaks[name], peak)
+    return sums, peaks
 
 
 def means(sums):

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from common import (
     Marker, Progress, add_up, all_reduce, autocast, candidate_scores, completion_hidden,
     completion_logprobs, encode_prompts, fail, find_resume, fingerprint, frozen_copy, gather,
-    grade, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
+    grade, largest, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
     load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches,
     next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program,
     save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested, summarise,
@@ -102,7 +102,7 @@ class Config:
     dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        resolve_config(self, METHOD)  # fills in what is "auto", checks what all scripts share
+        resolve_config(self, METHOD)  # fills in "auto", checks what is shared
         if not 0 < self.r_min < self.r_max < 1:
             fail(f"--r_min {self.r_min}, --r_max {self.r_max}: want 0 < r_min < r_max < 1")
 
@@ -551,9 +551,9 @@ def update(policy, ddp_policy, reference, optimizer, batch, cfg, step):
         loss = (policy_loss(outputs, micro, cfg) * micro["weights"]).sum()
         (loss * dist.get_world_size()).backward()  # DDP averages, but the weights count all ranks
         add_up(sums, measure(policy, outputs, micro, cfg))
-        gaps = (outputs["logprobs"].detach() - micro["rollout_logprobs"]).abs()  # [b, T]
-        gap = gaps.masked_fill(~micro["loss_mask"], 0).max().clamp(max=1e9).item()
-        peaks["logprob_gap"] = max(peaks["logprob_gap"], gap)
+        logprobs = outputs["logprobs"].detach()
+        gap = (logprobs - micro["rollout_logprobs"]).abs()
+        peaks["logprob_gap"] = max(peaks["logprob_gap"], largest(gap, micro["loss_mask"]))
 
     grad_norm = optimizer_step(optimizer, cfg, step)
     if grad_norm is not None:
@@ -579,8 +579,8 @@ def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
     for problem in problems:
-        copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
-        problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]
+        repeated = problem["prompt_ids"] * cfg.max_prompt_length
+        problem["prompt_ids"] = repeated[: cfg.max_prompt_length]
     row, _ = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, 0)
     if row is None:
         raise SystemExit(128 + stop_agreed())
@@ -630,11 +630,10 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
         if row is None:
             break  # told to stop
         state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
-        first_of_groups = records[:: cfg.group_size]
-        kept = gather(records if row["skipped"] else first_of_groups[:2])
+        records = gather(records if row["skipped"] else records[:: cfg.group_size][:2])
         if rank == 0:
-            log_rows(out_dir, row, kept)
-            progress.show(row, first_of_groups)
+            log_rows(out_dir, row, records)
+            progress.show(row, records)
         if stop_agreed() or state["skipped"] == 5 or step + 1 == cfg.stop_after:
             break
         if rank == 0 and (step + 1) % cfg.save_every == 0:

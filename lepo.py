@@ -1,7 +1,7 @@
 """LEPO: reinforcement learning in which the first thinking steps are soft mixtures of tokens.
 
-Paper    LEPO, arXiv 2604.17892 (Findings of ACL 2026). [fig.] points at the objective in its method
-         figure, [code] at the authors' release, [ours] marks our own choices.
+Paper    LEPO, arXiv 2604.17892 (Findings of ACL 2026). [fig.] refers to the objective in its method
+         figure, [code] to the authors' code; [ours] marks our own choices.
 Idea     The first L_g steps sample no token: Gumbel noise on the log-probs of the likeliest tokens
          and a softmax give weights z, and the mean embedding under z is the next input. The noise
          makes completions differ, so that rewards can rank them. Then tokens follow as usual.
@@ -16,16 +16,10 @@ Run      python lepo.py                     # tiny model, arithmetic, two CPU co
          torchrun --standalone --nproc_per_node=8 lepo.py --preset qwen2.5-3b
 """
 
-import argparse
 import dataclasses
-import hashlib
-import inspect
 import math
 import os
-import re
-import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,16 +27,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from common import (
-    Marker, autocast, candidate_scores, checkpoint_settings, completion_hidden,
-    completion_logprobs, encode_prompts, fail, find_resume, frozen_copy, grade, gumbel_like,
-    join_batches, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
-    load_problems, lock_run, log_rows, lora_disabled, make_rng, mean, micro_batches, open_run,
-    peak_memory, run_program, save_checkpoint, select_rows, top_k_mixture, warn,
-    weights_fingerprint)
+    Marker, Progress, add_up, all_reduce, autocast, candidate_scores, combine, completion_hidden,
+    completion_logprobs, encode_prompts, fail, find_resume, fingerprint, frozen_copy, gather, grade,
+    gumbel_like, largest, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
+    load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches,
+    next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program,
+    save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested, summarise,
+    top_k_mixture, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -51,124 +45,109 @@ METHOD = Path(__file__).stem
 
 @dataclasses.dataclass
 class Config:
-    """Every setting; each is a command-line flag of the same name."""
+    """Every setting; each is a command-line flag of the same name. The values train `tiny`."""
 
-    # model and data
+    # model, data, length of the run
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
-    train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
+    preset: str = "auto"  # where values start: tiny (as here) or another of PRESETS; auto: by model
+    train: str = "arithmetic"  # problems: arithmetic, a named set (gsm8k), a file, hub:OWNER/REPO/F
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
-    answer_marker: str = "auto"  # text that ends the thinking and opens the answer
-    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    answer_marker: str = "</think>"  # text that ends the thinking and opens the answer
+    steps: int = 100  # rollouts, each followed by its updates
     seed: int = 0  # all randomness is a function of it, the step and the rank
-    device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
-    dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
-    deterministic: bool = False  # torch.use_deterministic_algorithms
-    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
-    # rollout
-    steps: int = "auto"  # rollout phases, each followed by its updates
-    num_prompts: int = "auto"  # problems in a step, over all ranks
-    group_size: int = "auto"  # completions per problem, G
-    max_extra_rollouts: int = 0  # further draws a step to replace groups of equal rewards
-    max_prompt_length: int = "auto"  # tokens; longer prompts are dropped and counted
-    max_completion_length: int = "auto"  # tokens, latent steps included
-    temperature: float = "auto"  # of sampling, > 0
-    top_k: int = "auto"  # sample among the k likeliest ids; 0 = all
-    top_p: float = "auto"  # then in this nucleus; 1 = off
-    # update
-    lr: float = "auto"  # AdamW learning rate of the language model
-    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
-    max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
+    # rollout and update
+    num_prompts: int = 32  # problems in a step, over all ranks
+    group_size: int = 8  # completions per problem, G
+    max_prompt_length: int = 128  # tokens; longer prompts are dropped and counted
+    max_completion_length: int = 32  # tokens, latent steps included
+    temperature: float = 1.0  # of sampling, > 0
+    top_k: int = 0  # sample among the k likeliest ids; 0 = all
+    top_p: float = 1.0  # then in this nucleus; 1 = off
+    lr: float = 3e-4  # AdamW learning rate of the language model
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
-    kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
     update_epochs: int = 1  # passes over a rollout
     minibatches: int = 1  # updates in a pass
-    micro_batch: int = "auto"  # sequences in one forward pass on one rank
-    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
-    gradient_checkpointing: bool = False  # recompute layers in backward: memory for time
-    share_prompts: bool = "auto"  # a prompt's pass serves its group in updates (auto: real models)
-    lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
-    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
-    # evaluation and records
-    eval_every: int = "auto"  # steps; also before the first and after the last
-    eval_limit: int = "auto"  # problems; 0 = all
-    eval_batch: int = "auto"  # problems decoded together on one rank
-    num_samples: int = 1  # completions per evaluation problem
-    greedy: bool = True  # evaluate with argmax instead of sampling
-    save_every: int = "auto"  # steps; also after the last
-    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
-    print_every: int = 50  # steps between printed sample completions
-    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of the newest
-    stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
-    dist_timeout: int = 30  # minutes a rank waits for the slowest one
+    kl_coef: float = 0.0  # weight of the KL term, beta; 0 loads no reference
     # the method
-    latent_steps: int = "auto"  # latent positions at the start of a completion, L_g; 0: GRPO [code]
-    latent_tau: float = "auto"  # Gumbel-Softmax temperature tau; near 0 one token is fed [code]
+    latent_steps: int = 8  # latent positions at the start of a completion, L_g; 0: GRPO [code]
+    latent_tau: float = 0.5  # Gumbel-Softmax temperature tau; near 0 one token is fed [code]
     noise_scale: float = 1.0  # factor of the Gumbel noise; at 0, and when greedy, z = pi [ours]
     latent_grad: str = "soft"  # latent score: soft [fig.]; or token, concrete, gumbel, none [ours]
     clip_latents: bool = False  # ratio and clip on latent positions too [ours]
-    until_marker: bool = False  # latent until the answer marker: Soft Thinking, in eval.py [ours]
+    # a decoding mode, not a method to train: eval.py --mode soft_thinking
+    until_marker: bool = False  # latent until the answer marker: Soft Thinking [ours]
     cold_stop_entropy: float = 0.0  # with it: nats; a step below is calm; 0 = off [ours]
     cold_stop_length: int = 256  # so many calm steps in a row force the marker [ours]
+    # optimizer and memory
+    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
+    weight_decay: float = 0.0  # of matrices and gates, decoupled
+    warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
+    max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
+    lora_rank: int = 0  # 0 = full fine-tuning; alpha = 2 x rank
+    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
+    micro_batch: int = 64  # sequences in one forward pass on one rank
+    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
+    share_prompts: bool = False  # in updates, encode each prompt once for its whole group
+    # evaluation
+    eval_every: int = 20  # steps; also before the first and after the last
+    eval_limit: int = 1024  # problems; 0 = all
+    eval_batch: int = 1024  # problems decoded together on one rank
+    num_samples: int = 1  # completions per evaluation problem
+    greedy: bool = True  # evaluate with argmax instead of sampling
+    # the run
+    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    save_every: int = 50  # steps between checkpoints; one is also written at the end
+    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
+    resume: str = ""  # auto goes on from the newest valid checkpoint in --out_dir; or its path
+    stop_after: int = 0  # save and stop after this step, as on a signal; 0 = off
+    device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
+    dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    dist_timeout: int = 30  # minutes a rank waits for the slowest one
+    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        if self.warmup_steps < 0:
-            self.warmup_steps = round(0.1 * self.steps)
-        may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
-                    "lora_rank", "eval_limit", "stop_after", "latent_steps")
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_0)
-            if f.type in (int, float) and not value >= least:
-                fail(f"--{f.name} {value}: must be at least {least}")
-        if self.group_size < 2:
-            fail(f"--group_size {self.group_size}: advantages need 2 or more completions a problem")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            fail(f"--temperature {self.temperature}, --top_p {self.top_p}: want > 0 and in (0, 1]")
-        if self.lora_rank and self.train_embeddings:
-            fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
-        if not self.answer_marker:
-            fail("--answer_marker: must not be empty")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
-        if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-            fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
-        if not 1e-4 <= self.latent_tau < math.inf:
+        resolve_config(self, METHOD, self.minibatches)  # fills in "auto", checks what is shared
+        if not 1e-4 <= self.latent_tau:
             fail(f"--latent_tau {self.latent_tau}: want 0.0001 or more; 0.3 and 0.5 are published")
         if self.latent_grad not in LATENT_GRADS:
             fail(f"--latent_grad {self.latent_grad}: must be one of {', '.join(LATENT_GRADS)}")
-        if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
-            fail(f"--train {self.train}: a file has no test split; name --eval_data")
 
 
 PRESETS = {
-    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
-        train="arithmetic", answer_marker="</think>", steps=100, num_prompts=32, group_size=8,
-        max_prompt_length=128, max_completion_length=32, temperature=1.0, top_k=0, top_p=1.0,
-        lr=3e-4,
-        weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=64, lora_rank=0,
-        eval_every=20, eval_limit=1024, eval_batch=1024, save_every=50, latent_steps=8,
-        latent_tau=0.5, share_prompts=False),
+    "tiny": {},
     "paper": dict(  # the release, for other models [code]; data, marker, evaluation, sizes [ours]
-        train="gsm8k", answer_marker="####", steps=99, num_prompts=128, group_size=8, top_p=0.95,
-        max_prompt_length=1024, max_completion_length=2048, temperature=1.0, top_k=30, lr=1e-6,
-        weight_decay=0.1, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
-        warmup_steps=3, eval_every=5, eval_limit=200, eval_batch=64, save_every=25,
-        latent_steps=32, latent_tau=0.5, share_prompts=True),
+        train="gsm8k", answer_marker="####", steps=99, num_prompts=128, top_k=30, top_p=0.95,
+        max_prompt_length=1024, max_completion_length=2048, lr=1e-6, latent_steps=32,
+        weight_decay=0.1, warmup_steps=3, micro_batch=8, share_prompts=True, eval_every=5,
+        eval_limit=200, eval_batch=64, save_every=25),
 }
 PRESETS["qwen2.5-3b"] = PRESETS["paper"] | dict(  # the published triples [code]
     model="Qwen/Qwen2.5-3B", latent_steps=64, latent_tau=0.3)
-PRESETS["qwen2.5-7b"] = PRESETS["paper"] | dict(
-    model="Qwen/Qwen2.5-7B", latent_steps=64, latent_tau=0.5)
-PRESETS["llama-3.2-3b"] = PRESETS["paper"] | dict(
-    model="meta-llama/Llama-3.2-3B-Instruct", latent_steps=32, latent_tau=0.5)
+PRESETS["qwen2.5-7b"] = PRESETS["paper"] | dict(model="Qwen/Qwen2.5-7B", latent_steps=64)
+PRESETS["llama-3.2-3b"] = PRESETS["paper"] | dict(model="meta-llama/Llama-3.2-3B-Instruct")
+
+
+def parse_config(argv=None):
+    """The settings of a run, from the command line."""
+    return parse_flags(Config, PRESETS, __doc__, argv)
+
+
+def check_trainable(cfg):
+    """`fail` on settings that only eval.py can use."""
+    if cfg.until_marker:
+        fail("--until_marker: Soft Thinking is not trained; see eval.py --mode soft_thinking")
+    noiseless = (cfg.noise_scale, cfg.latent_grad, cfg.kl_coef) == (0, "soft", 0)
+    if cfg.noise_scale != 1 and not noiseless:
+        fail(f"--noise_scale {cfg.noise_scale}: is for eval.py --no-greedy; training wants 1, or 0 "
+             "with --latent_grad soft and --kl_coef 0")
+
 
 # === 2. the method ================================================================================
 
-NEEDS_OLD_LOGPROBS = True  # tokens have a ratio, which several updates per rollout need
-PLAIN = {"latent_steps": 0, "until_marker": False}  # the Config values that switch the method off
 METHOD_METRICS = ("mixture_size", "survivors", "top_is_shown")
+PLAIN_GRPO = {"latent_steps": 0, "until_marker": False}  # the settings that switch the method off
 LATENT_GRADS = ("soft", "token", "concrete", "gumbel", "none")  # see latent_logprob
 
 
@@ -178,8 +157,8 @@ def gumbel_softmax_scores(
 
     logits [..., V] -> ids [..., K], u [..., K] float32, constants. u = log pi_S + g on the
     survivors S, over which pi_S sums to 1, and -inf elsewhere; g is iid standard Gumbel noise.
-    K = top_k, or V without it. argmax u is an exact sample of pi_S. noise_scale 0 is another rule,
-    not the limit: u = tau log pi_S, for which mixture_weights gives pi_S itself: Soft Thinking.
+    K = top_k, or V without it. argmax u is an exact sample of pi_S. Without noise (noise_scale 0)
+    u = tau log pi_S instead, so that mixture_weights gives pi_S itself: Soft Thinking.
     """
     scores, ids = candidate_scores(logits.detach().float(), temperature, top_k, top_p)
     if ids is None:
@@ -198,18 +177,18 @@ def mixture_weights(u, tau):
 def latent_logprob(u, logprobs, tau, kind):
     """What the update raises by the advantage at a latent step: u, logprobs [..., K] -> [...].
 
-    u is constant; logprobs = log pi of the same ids over the *full* vocabulary V, with gradient. n
-    is the size of S, where u is finite. Each kind with its gradient for the logits:
-    soft      sum_k z_k log pi_k; z - pi. The mixture is the label of a cross-entropy: LEPO [fig.].
+    u is constant; logprobs = log pi of the same ids over the *full* vocabulary V, with gradient. S
+    are the n candidates with a finite u, g = u - log pi_S the noise that they drew. LEPO is `soft`;
+    the others are ablations [ours]. Each kind with its gradient for the logits:
+    soft      sum_k z_k log pi_k; z - pi. The mixture is the label of a cross-entropy [fig.].
               Little noise; its mean is too small, for z shares the credit among all that is mixed.
     token     log pi_i, i = argmax u; e_i - pi. REINFORCE as if token i alone had been fed, the
               limit of soft for tau -> 0. Blind to the rest of the mixture.
-    concrete  (log density of z) / n; (1 - n q) / n on S, q = softmax_S(logprobs - u). 1/n of the
-              exact score. Undivided, its noise grows like n: where inside the mixture g fell.
+    concrete  (log density of z) / n; (1 - n q) / n on S, with q = softmax over S of log pi - u.
+              1/n of the exact score. Undivided, its noise grows like n.
     gumbel    (log density of u) / n; (v - pi_S sum v) / n, v = 1 - exp(-g): as SofT-GRPO's code.
               Also 1/n of an exact score; concrete is its mean given z, so this has more noise.
-    none      0. Latent steps are not trained, only tokens learn, from what the noise brought:
-              the ablation that shows what a latent gradient is worth.
+    none      0. Latent steps are not trained, only tokens learn, from what the noise brought.
     """
     kept = u.isfinite()  # S
     n = kept.sum(-1)
@@ -238,14 +217,13 @@ class Policy(nn.Module):
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
-        self.lm, self.table, self.pad_id = lm, lm.get_input_embeddings(), lm.pad_id
+        self.lm = lm
         self.tokenizer = tokenizer
+        self.table = lm.get_input_embeddings()
         self.temperature, self.tau, self.kind = cfg.temperature, cfg.latent_tau, cfg.latent_grad
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
         if cfg.latent_steps == 0:
-            self.num_candidates = 1  # only tokens
-        elif self.num_candidates > 1000:
-            warn(f"{self.num_candidates} candidates are stored for each position: set --top_k")
+            self.num_candidates = 1  # every step is a token, its only candidate
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         if cfg.until_marker:
             self.marker = Marker(tokenizer, cfg.answer_marker, lm.num_tokens, lm.device)
@@ -285,18 +263,18 @@ class Policy(nn.Module):
 
 
 def start_state(num_rows, policy, cfg):
-    """Nothing: latent steps go by the clock. Soft Thinking: the marker and calm steps of a row."""
+    """Nothing: the position alone decides which steps are latent. Only Soft Thinking needs more."""
     if not cfg.until_marker:
         return {}
-    tail = torch.full((num_rows, policy.marker.width), -1, device=policy.lm.device)
-    zeros = torch.zeros_like(tail[:, 0])
-    return {"marker_seen": zeros.bool(), "tail": tail, "calm": zeros, "forced": zeros}
+    last_ids = torch.full((num_rows, policy.marker.width), -1, device=policy.lm.device)
+    zeros = torch.zeros_like(last_ids[:, 0])
+    return {"marker_seen": zeros.bool(), "last_ids": last_ids, "calm": zeros, "forced": zeros}
 
 
 def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
-    `hidden` [b, H], which made the logits, is there for methods that feed it back.
+    `hidden` [b, H], which made the logits, is unused here.
     """
     if cfg.until_marker:
         return soft_thinking_input(policy, logits, state, cfg, rng, greedy)
@@ -310,14 +288,15 @@ def token_input(policy, logits, cfg, rng, greedy):
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
     choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
-    logprobs = torch.log_softmax(logits / cfg.temperature, -1).gather(1, ids[:, None])[:, 0]
-    padding = (0, policy.num_candidates - 1)
+    logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
+    padding = (0, policy.num_candidates - 1)  # one candidate, K - 1 without weight
+    zero = torch.zeros_like(logprobs[:, :1])
     return ids, policy.table(ids), {
         "loss_mask": torch.ones_like(ids, dtype=torch.bool),  # every step was sampled
         "latent_mask": torch.zeros_like(ids, dtype=torch.bool),
         "topk_ids": F.pad(ids[:, None], padding),  # [b, K]
-        "topk_scores": F.pad(torch.zeros_like(logprobs)[:, None], padding, value=-math.inf),
-        "rollout_logprobs": logprobs}
+        "topk_scores": F.pad(zero, padding, value=-math.inf),
+        "rollout_logprobs": logprobs.gather(1, ids[:, None])[:, 0]}
 
 
 def latent_input(policy, logits, cfg, rng, greedy):
@@ -344,21 +323,24 @@ def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
 
     The id that completes the marker is fed plain, like all that follow. Cold stop: from the
     cold_stop_length-th step in a row whose entropy is below cold_stop_entropy, the marker's ids are
-    fed one by one, whatever the model says. Only for decoding: nothing is kept for a loss.
+    fed one by one, whatever the model says. Only eval.py decodes so; the step lives here because it
+    is this script's latent step, and any other file would need a rollout of its own.
     """
     shown, mixed, _ = latent_input(policy, logits, cfg, rng, greedy)
     sampled = token_input(policy, logits, cfg, rng, greedy)[0]
-    seen, forced = state["marker_seen"], state["forced"]  # forced: ids of the marker fed so far
+    seen = state["marker_seen"]
+    forced = state["forced"]  # ids of the marker that were fed so far
     entropy = torch.distributions.Categorical(logits=logits / cfg.temperature).entropy()  # [b]
     calm = torch.where(entropy < cfg.cold_stop_entropy, state["calm"] + 1, 0)
     force = ~seen & ((forced > 0) | (calm >= cfg.cold_stop_length))
     marker_ids = policy.marker_ids[forced % len(policy.marker_ids)]
     ids = torch.where(force, marker_ids, torch.where(seen, sampled, shown))
-    tail = torch.cat([state["tail"][:, 1:], ids[:, None]], 1)
-    seen = seen | policy.marker.completed(tail)
+    last_ids = torch.cat([state["last_ids"][:, 1:], ids[:, None]], 1)
+    seen = seen | policy.marker.completed(last_ids)
     latent = ~seen & ~force
     embeds = torch.where(latent[:, None], mixed, policy.table(ids))
-    state = {"marker_seen": seen, "tail": tail, "calm": calm, "forced": forced + force.long()}
+    forced = forced + force.long()
+    state = {"marker_seen": seen, "last_ids": last_ids, "calm": calm, "forced": forced}
     return ids, embeds, {"latent_mask": latent}, state
 
 
@@ -401,27 +383,31 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices and vectors of the language model; the method adds nothing."""
-    if cfg.until_marker:  # refused here, since only training needs an optimizer
-        fail("--until_marker: Soft Thinking is not trained; see eval.py --mode soft_thinking")
-    no_noise = cfg.noise_scale == 0 and cfg.latent_grad == "soft" and cfg.kl_coef == 0
-    if cfg.noise_scale != 1 and not no_noise:
-        fail(f"--noise_scale {cfg.noise_scale}: is for eval.py --no-greedy; training wants 1, or 0 "
-             "with --latent_grad soft and --kl_coef 0")
-    lm = [p for p in policy.lm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-        {"params": [p for p in lm if p.dim() == 1], "lr": cfg.lr, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() == 1]
+    groups = [(matrices, cfg.lr, cfg.weight_decay), (vectors, cfg.lr, 0.0)]
+    return [{"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+            for params, lr, decay in groups if params]
 
 
-def method_metrics(policy, outputs, batch, cfg, step):
-    """METHOD_METRICS as values [B, T], averaged over latent positions.
+@torch.no_grad()
+def measure(policy, outputs, batch, cfg):
+    """Metrics of a micro-batch -> {name: (values [B, T], mask [B, T] of those that count)}.
 
     mixture_size: 1 / sum z^2, in tokens. survivors: n. top_is_shown: is argmax u the id shown?
     """
-    size = 1 / mixture_weights(batch["topk_scores"], policy.tau).square().sum(-1)
-    shown = heaviest_ids(batch) == batch["completion_ids"]
-    return size, batch["topk_scores"].isfinite().sum(-1), shown.float()
+    found = {"entropy": (outputs["entropy"], batch["loss_mask"])}
+    if cfg.kl_coef > 0:
+        found["kl"] = (kl_estimate(outputs, batch), batch["loss_mask"])
+    weights = mixture_weights(batch["topk_scores"], policy.tau)  # [B, T, K]
+    is_shown = heaviest_ids(batch) == batch["completion_ids"]
+    values = {"mixture_size": 1 / weights.square().sum(-1),
+              "survivors": batch["topk_scores"].isfinite().sum(-1),
+              "top_is_shown": is_shown.float()}
+    for name, value in values.items():
+        found[name] = (value, batch["latent_mask"])
+    return found
 
 
 # === 3. rollout ===================================================================================
@@ -438,22 +424,27 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
     finished rows leave the batch and the cache, so noise is drawn for live rows only.
     """
     policy.eval()  # train() with gradient checkpointing would silently drop the cache
-    device, limit = policy.table.weight.device, cfg.max_completion_length
+    device = policy.table.weight.device
+    limit = cfg.max_completion_length
     with torch.no_grad(), autocast(policy.lm):
-        prompt_ids, prompt_mask = left_pad(prompts, policy.pad_id, device)  # [N, P]
+        # The prompts, once each; then every prompt and its keys and values for group_size rows.
+        prompt_ids, prompt_mask = left_pad(prompts, policy.lm.pad_id, device)  # [N, P]
         cache = DynamicCache()
-        hidden = lm_hidden(policy.lm, policy.table(prompt_ids), prompt_mask, cache=cache)[:, -1]
+        hidden = lm_hidden(policy.lm, policy.table(prompt_ids), prompt_mask, cache=cache)
         cache.batch_repeat_interleave(group_size)
-        prompt_ids, prompt_mask, hidden = (
-            x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask, hidden))  # [B, .]
-        total, width = prompt_ids.shape
-        rows = torch.arange(total, device=device)  # the live rows, b of them
-        mask = F.pad(prompt_mask, (0, limit), value=True)  # [b, P + limit]
+        hidden = hidden[:, -1].repeat_interleave(group_size, 0)  # [B, H]
+        prompt_ids = prompt_ids.repeat_interleave(group_size, 0)  # [B, P]
+        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
+
+        num_rows, prompt_width = prompt_ids.shape
+        rows = torch.arange(num_rows, device=device)  # the live rows, b of them
+        mask = F.pad(prompt_mask, (0, limit), value=True)  # [b, P + limit], no padding behind P
         positions = prompt_mask.sum(1, keepdim=True)  # [b, 1], of completion position 0
-        state = start_state(total, policy, cfg)
-        lengths = torch.full((total,), limit, device=device)
-        finished = torch.zeros(total, dtype=torch.bool, device=device)
-        steps = {"completion_ids": torch.full((total, limit), policy.pad_id, device=device)}
+        state = start_state(num_rows, policy, cfg)
+        lengths = torch.full((num_rows,), limit, device=device)
+        finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        ids = torch.full((num_rows, limit), policy.lm.pad_id, device=device)
+        columns = {"completion_ids": ids}  # what is recorded at each position
         for t in range(limit):
             logits = lm_logits(policy.lm, hidden)  # [b, V]
             for row in rows[~logits.sum(1).isfinite()].tolist():
@@ -462,27 +453,31 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
             ids, embeds, record, state = next_input(
                 policy, logits, hidden, t, state, cfg, rng, greedy)
             for name, value in {"completion_ids": ids, **record}.items():
-                if name not in steps:
-                    steps[name] = value.new_zeros((total, limit, *value.shape[1:]))
-                steps[name][rows, t] = value
+                if name not in columns:
+                    columns[name] = value.new_zeros((num_rows, limit, *value.shape[1:]))
+                columns[name][rows, t] = value
             ended = torch.isin(ids, policy.eos_ids)
             if ended.any():
-                finished[rows[ended]], lengths[rows[ended]] = True, t + 1
+                lengths[rows[ended]] = t + 1
+                finished[rows[ended]] = True
                 live = (~ended).nonzero()[:, 0]
                 if len(live) == 0:
                     break  # selecting no row would reset the cache
-                rows, embeds, mask, positions = (x[live] for x in (rows, embeds, mask, positions))
+                rows = rows[live]
+                embeds = embeds[live]
+                mask = mask[live]
+                positions = positions[live]
                 state = {name: value[live] for name, value in state.items()}
                 cache.batch_select_indices(live)
             if t + 1 == limit or stop_requested():
                 break  # the caller throws an interrupted batch away
-            exists = mask[:, : width + t + 1]
-            hidden = lm_hidden(policy.lm, embeds[:, None], exists, positions + t, cache)[:, -1]
+            so_far = mask[:, : prompt_width + t + 1]
+            hidden = lm_hidden(policy.lm, embeds[:, None], so_far, positions + t, cache)
+            hidden = hidden[:, -1]  # [b, H]
     longest = int(lengths.max())
-    batch = {name: value[:, :longest] for name, value in steps.items()}
+    batch = {name: value[:, :longest] for name, value in columns.items()}
     batch["completion_mask"] = torch.arange(longest, device=device) < lengths[:, None]
     batch.update(prompt_ids=prompt_ids, prompt_mask=prompt_mask, lengths=lengths, finished=finished)
-    assert all(len(value) == total for value in batch.values())
     return batch
 
 
@@ -498,53 +493,23 @@ def group_advantages(rewards, group_size, eps=1e-4):
     """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
     centred = groups - groups.mean(1, keepdim=True)
-    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    # In a group of equal rewards rounding leaves a difference to the mean: exactly 0 instead.
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
     return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
 def compute_advantages(batch, cfg):
     """One advantage per completion, at every position that was sampled -> [B, T]."""
-    return group_advantages(batch["rewards"], cfg.group_size)[:, None] * batch["loss_mask"]
+    advantages = group_advantages(batch["rewards"], cfg.group_size)  # [B]
+    return advantages[:, None] * batch["loss_mask"]
 
 
 def loss_weights(batch, cfg):
-    """The reduction: mean over completions, of all ranks, of the mean over positions -> [B, T]."""
-    counts = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-    return batch["loss_mask"] / (counts * all_reduce(len(counts)))
-
-
-def collect_batch(policy, tokenizer, problems, cfg, step):
-    """Roll out and grade this rank's share of a step -> (batch, records of all that was drawn).
-
-    A group of equal rewards teaches nothing: up to --max_extra_rollouts further draws replace such
-    groups as far as they find others. The size of the batch is fixed; no collective in here.
-    """
-    rank, share = dist.get_rank(), cfg.num_prompts // dist.get_world_size()
-    indices = batch_indices(len(problems), cfg.num_prompts, cfg.seed, step)
-    indices = indices[rank * share : (rank + 1) * share]
-    batches, records, live, dead = [], [], [], []
-    for draw in range(1 + cfg.max_extra_rollouts):
-        if draw > 0:
-            rng = make_rng("cpu", cfg.seed, "extra problems", step, rank, draw)
-            indices = torch.randint(len(problems), (share,), generator=rng).tolist()
-        rng = make_rng(policy.table.weight.device, cfg.seed, "rollout", step, rank, draw)
-        prompts = [problems[i]["prompt_ids"] for i in indices]
-        batch = rollout(policy, prompts, cfg, rng, cfg.group_size)
-        graded = grade(batch, [problems[i] for i in indices], tokenizer, cfg.answer_marker)
-        for record in graded:
-            record["reward"] = reward(record)
-        batch["rewards"] = torch.tensor([r["reward"] for r in graded], device=rng.device)
-        for group, values in enumerate(batch["rewards"].view(share, -1).tolist()):
-            (live if min(values) < max(values) else dead).append(draw * share + group)
-        batches.append(batch)
-        records += graded
-        if len(live) >= share or stop_requested():
-            break
-    if len(batches) == 1:
-        return batches[0], records
-    groups = torch.tensor(sorted((live + dead)[:share]), device=rng.device)
-    rows = groups[:, None] * cfg.group_size + torch.arange(cfg.group_size, device=rng.device)
-    return select_rows(join_batches(batches), rows.view(-1)), records
+    """Weight of each position in the loss -> [B, T]: the mean over positions of each completion,
+    then the mean over the completions of all ranks."""
+    num_positions = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    num_completions = all_reduce(len(num_positions))
+    return batch["loss_mask"] / (num_positions * num_completions)
 
 
 # === 5. evaluation ================================================================================
@@ -553,138 +518,34 @@ def collect_batch(policy, tokenizer, problems, cfg, step):
 def evaluate(policy, tokenizer, problems, cfg, rng):
     """Complete every problem cfg.num_samples times, greedily or not -> metrics, equal on all ranks.
 
-    With them "records", one per completion in the order of the problems. stderr is over problems. A
-    stop signal ends it early, after a part of the problems: the caller then drops the result.
+    With them "records", one per completion in the order of the problems. A stop signal ends it
+    early, after a part of the problems: the caller then drops the result.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]))
-    mine, records = order[rank::world_size], []
+    mine = order[dist.get_rank() :: dist.get_world_size()]  # similar lengths on all ranks
+    records = []
     for start in range(0, len(mine), cfg.eval_batch):
-        chosen = mine[start : start + cfg.eval_batch]
-        prompts = [problems[i]["prompt_ids"] for i in chosen]
+        indices = mine[start : start + cfg.eval_batch]
+        chosen = [problems[i] for i in indices]
+        prompts = [problem["prompt_ids"] for problem in chosen]
         batch = rollout(policy, prompts, cfg, rng, cfg.num_samples, cfg.greedy)
-        graded = grade(batch, [problems[i] for i in chosen], tokenizer, cfg.answer_marker)
-        for row, record in enumerate(graded):
-            place = {"index": chosen[row // cfg.num_samples], "sample": row % cfg.num_samples}
-            records.append({**place, **record, "reward": reward(record)})
+        for row, record in enumerate(grade(batch, chosen, tokenizer, cfg.answer_marker)):
+            index, sample = indices[row // cfg.num_samples], row % cfg.num_samples
+            records.append({
+                "index": index, "sample": sample, **record, "reward": reward(record)})
         if stop_requested():
             break
-    gathered = [None] * world_size
-    dist.all_gather_object(gathered, records)
-    records = sorted(sum(gathered, []), key=lambda r: (r["index"], r["sample"]))
-    scores = torch.tensor([float(r["correct"]) for r in records]).view(-1, cfg.num_samples).mean(1)
-    latent, length = mean(records, "latent_steps"), mean(records, "length")
-    return {
-        "accuracy": scores.mean().item(), "n": len(scores),
-        "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
-        "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
-        "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
-        "unanswered_frac": mean(records, "unanswered"),
-        "switches": mean(records, "switches"), "records": records}
+    records = sorted(gather(records), key=lambda record: (record["index"], record["sample"]))
+    return {**summarise(records, cfg.num_samples), "records": records}
 
 
-# === 6. plumbing ==================================================================================
+# === 6. training ==================================================================================
 
-
-def parse_config(argv=None):
-    """Every Config field is a flag of the same name; the comment beside the field is its help."""
-    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
-    style, usage = argparse.RawTextHelpFormatter, f"{METHOD}.py [--flag value ...]"
-    parser = argparse.ArgumentParser(
-        usage=usage, description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        text = f"{notes[f.name]} ({f.default})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    parser.set_defaults(**PRESETS["tiny"])
-    first = parser.parse_args(argv)
-    saved = checkpoint_settings(first.model).get("preset")
-    by_model = "tiny" if first.model.split(":")[0] == "tiny" else "paper"
-    by_model = saved if saved in PRESETS else by_model
-    preset = by_model if first.preset == "auto" else first.preset
-    if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[preset])
-    cfg = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
-    if cfg.model == "tiny" and cfg.train.startswith("arithmetic"):
-        cfg.model = f"tiny:{cfg.train}"  # each arithmetic task has its own base model
-    if cfg.device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        cfg.device = "cuda" if torch.cuda.is_available() else mps
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cfg.device.startswith("cuda") else "float32"
-    name = re.sub(r"[^\w.-]+", "-", cfg.model.rstrip("/").split("/")[-1])
-    cfg.out_dir = cfg.out_dir or f"runs/{METHOD}-{name}-s{cfg.seed}"
-    shares = int(os.environ.get("WORLD_SIZE", 1)) * cfg.minibatches
-    if cfg.num_prompts % shares:
-        fail(f"--num_prompts {cfg.num_prompts}: must divide by ranks x minibatches = {shares}, "
-             "since a group of completions stays together")
-    return cfg
-
-
-def setup_distributed(cfg):
-    """Join torchrun's process group, or make a group of one: no later line asks `if ddp`."""
-    device = torch.device(cfg.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
-            fail(f"--device {cfg.device}: {here} ranks on this machine but {gpus} GPUs")
-        torch.cuda.set_device(device)
-    if cfg.deterministic:
-        if device.type == "cuda" and cfg.top_p < 1:
-            fail("--deterministic: CUDA has no deterministic cumsum, so --top_p must be 1")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **alone)
-    SIGNALS.clear()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_signal)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-SIGNALS = []  # stop signals that this process received
-LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # pid of torchrun
-
-
-def on_signal(signum, frame):
-    """Only note it: the ranks agree on stopping once a step. A second Ctrl-C does not wait."""
-    SIGNALS.append(signum)
-    if SIGNALS.count(signal.SIGINT) > 1:
-        raise KeyboardInterrupt
-
-
-def stop_requested():
-    """Was this process told to stop, or its launcher killed, which would leave it an orphan?"""
-    return bool(SIGNALS) or LAUNCHER not in (0, os.getppid())
-
-
-def stop_agreed():
-    """The stop signal of some rank, or 0: the same answer on all ranks."""
-    signum = SIGNALS[0] if SIGNALS else signal.SIGTERM
-    return int(all_reduce(signum if stop_requested() else 0, dist.ReduceOp.MAX))
-
-
-def all_reduce(number, op=dist.ReduceOp.SUM):
-    """Sum, or another op, of a number (or lists of them) over the ranks, float64 on the CPU."""
-    total = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(total, op=op)
-    return total.tolist()
-
-
-def batch_indices(num_problems, num_prompts, seed, step):
-    """This step's problems, over all ranks: a fresh shuffle for each pass over the data."""
-    indices, orders = [], {}
-    for position in range(step * num_prompts, (step + 1) * num_prompts):
-        epoch, place = divmod(position, num_problems)
-        if epoch not in orders:
-            rng = make_rng("cpu", seed, "order", epoch)
-            orders[epoch] = torch.randperm(num_problems, generator=rng).tolist()
-        indices.append(orders[epoch][place])
-    return indices
+# settings that a resumed run may change
+CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
+              "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
+              "micro_batch", "max_tokens", "gradient_checkpointing", "share_prompts",
+              "dist_timeout")
 
 
 def lr_factor(step, cfg):
@@ -695,137 +556,217 @@ def lr_factor(step, cfg):
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def show(row, records, stalls, cfg, bar):
-    """Rank 0: progress, now and then completions, and a warning when nothing can be learned."""
-    text = (f"reward {row['reward']:.3f}  length {row['length']:.1f}  latent "
-            f"{row['latent_steps']:.1f}  zero-std groups {row['zero_std_frac']:.2f}  "
-            f"{row['seconds']:.2f} s")
-    bar.set_postfix_str(text)
-    bar.update()
-    if bar.disable and (row["step"] == 1 or row["step"] % 10 == 0):
-        print(f"train step {row['step']:4d}  {text}", flush=True)
-    for record in records[:2] if (row["step"] - 1) % cfg.print_every == 0 else []:
-        tqdm.write(f"  {record['question'][-200:]!r} -> {record['completion'][-600:]!r}\n"
-                   f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
-                   f"reward {record['reward']}, latent steps {record['latent_steps']}")
-    for name, bad in (("reward is 0", row["reward"] == 0),
-                      ("over 30 % are truncated", row["truncated_frac"] > 0.3),
-                      ("no position is plain", row["latent_steps"] >= row["length"])):
-        stalls[name] = stalls.get(name, 0) + 1 if bad else 0
-        if stalls[name] == 10:
-            warn(f"{name} for 10 steps: read samples.jsonl, check --answer_marker and the lengths")
+def train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step):
+    """One rollout and its update -> (metrics row, records), or (None, None) when told to stop."""
+    started = time.time()
+    device = policy.table.weight.device
 
-
-# === 7. training ==================================================================================
-
-CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
-              "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
-              "print_every", "micro_batch", "max_tokens", "gradient_checkpointing",
-              "share_prompts", "dist_timeout")  # by a resumed run
-
-
-def train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step):
-    """Rollout, advantages, updates -> (metrics row, records), or None when told to stop."""
-    clock, world_size = time.time(), dist.get_world_size()
-    batch, records = collect_batch(policy, tokenizer, problems, cfg, step)
+    # Sample and grade this rank's share of the completions.
+    chosen = next_problems(problems, cfg.num_prompts, cfg.seed, step)
+    prompts = [problem["prompt_ids"] for problem in chosen]
+    rng = make_rng(device, cfg.seed, "rollout", step, dist.get_rank(), 0)
+    batch = rollout(policy, prompts, cfg, rng, cfg.group_size)
+    records = grade(batch, chosen, policy.tokenizer, cfg.answer_marker)
+    for record in records:
+        record["reward"] = reward(record)
+    batch["rewards"] = torch.tensor([r["reward"] for r in records], device=device)
     if stop_agreed():
-        return None  # the rollout is dropped; a resumed run repeats it with the same noise
-    rollout_seconds = time.time() - clock
+        return None, None  # the rollout is dropped; a resumed run repeats it with the same noise
+    rollout_seconds = time.time() - started
+
+    # Learn from them.
     if cfg.dry_run:
         batch["rewards"][::2] += 1.0  # some advantage, so that the update has work to do
     batch["advantages"] = compute_advantages(batch, cfg)
-    if NEEDS_OLD_LOGPROBS and cfg.update_epochs * cfg.minibatches > 1:
-        batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
-        every = range(len(batch["rewards"]))  # records may hold more: of groups that were replaced
-        for rows in micro_batches(batch, every, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts):
-            with torch.no_grad():
-                scored = policy(select_rows(batch, rows))["logprobs"]  # [b, T'], T' <= T
-            batch["old_logprobs"][rows, : scored.shape[1]] = scored
-    policy.train()
-    names = ("entropy", "kl", *METHOD_METRICS, "grad_norm", "skipped")
-    sums, peaks = {name: [0.0, 0.0] for name in names}, {"ratio_max": 0.0, "logprob_gap": 0.0}
-    size = len(batch["rewards"]) // cfg.minibatches
+    sums, peaks = update(policy, ddp_policy, reference, optimizer, batch, cfg, step)
+
+    # Metrics, over all ranks.
+    seconds = time.time() - started
+    update_seconds = seconds - rollout_seconds
+    world_size = dist.get_world_size()
+    num_tokens = sum(record["length"] for record in records)
+    sums.update(record_sums(records, cfg.group_size))
+    sums["tokens_per_s_rollout"] = [num_tokens, rollout_seconds / world_size]
+    sums["tokens_per_s_update"] = [num_tokens, update_seconds / world_size]
+    peaks["peak_mem_gib"] = peak_memory(device)
+    row = {"kind": "train", "step": step + 1, **means(sums), **maxima(peaks)}
+    return {**row, "lr": cfg.lr * lr_factor(step, cfg), "seconds": seconds}, records
+
+
+def several_updates(policy, ddp_policy, reference, optimizer, batch, cfg, step):
+    """--update_epochs passes over a rollout, each in --minibatches updates -> as update.
+
+    The ratio compares with the log-probs from before the first of them: old_logprobs [B, T].
+    """
+    batch["old_logprobs"] = torch.zeros_like(batch["advantages"])
+    rows = range(len(batch["rewards"]))
+    for piece in micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts):
+        with torch.no_grad():
+            logprobs = policy(select_rows(batch, piece))["logprobs"]  # [b, T'], T' <= T
+        batch["old_logprobs"][piece, : logprobs.shape[1]] = logprobs
+    once = dataclasses.replace(cfg, update_epochs=1, minibatches=1)
+    size = len(rows) // cfg.minibatches
+    updates = []
     for start in [*range(0, size * cfg.minibatches, size)] * cfg.update_epochs:
         part = select_rows(batch, range(start, start + size))
-        update(policy, ddp_policy, reference, optimizer, part, cfg, step, sums, peaks)
-    seconds, tokens = time.time() - clock, sum(r["length"] for r in records)
-    for name in ("reward", "correct", "format_ok", "length", "latent_steps", "truncated"):
-        sums[name] = [sum(r[name] for r in records), len(records)]
-    groups = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)
-    sums["zero_std_frac"] = [int((groups.amax(1) == groups.amin(1)).sum()), len(groups)]
-    sums["tokens_per_s_rollout"] = [tokens, rollout_seconds / world_size]
-    sums["tokens_per_s_update"] = [tokens, (seconds - rollout_seconds) / world_size]
-    totals = all_reduce(list(sums.values()))  # [number of means, 2]
-    means = {name: s / n if n else None for name, (s, n) in zip(sums, totals)}
-    means["truncated_frac"] = means.pop("truncated")
-    peaks["peak_mem_gib"] = peak_memory(policy.table.weight.device)
-    peaks = dict(zip(peaks, all_reduce(list(peaks.values()), dist.ReduceOp.MAX)))
-    row = {"kind": "train", "step": step + 1, **means, **peaks, "seconds": seconds}
-    return {**row, "lr": cfg.lr * lr_factor(step, cfg)}, records
+        updates.append(update(policy, ddp_policy, reference, optimizer, part, once, step))
+    return combine(updates)
 
 
-def update(policy, ddp_policy, reference, optimizer, batch, cfg, step, sums, peaks):
-    """One optimizer update, skipped on all ranks when its gradient is not finite.
+def update(policy, ddp_policy, reference, optimizer, batch, cfg, step):
+    """One optimizer update on a batch with advantages -> its metrics in two dicts.
 
-    All ranks work on equally many rows, so each takes part in the one all-reduce of gradients.
+    {metric: [sum, count]} for means, {metric: largest value} for peaks. logprob_gap is the largest
+    difference between the log-probs of update and rollout: rounding, or something is wrong.
     """
+    if cfg.update_epochs * cfg.minibatches > 1:
+        return several_updates(policy, ddp_policy, reference, optimizer, batch, cfg, step)
+    names = ("entropy", "kl", *METHOD_METRICS, "grad_norm", "skipped")
+    sums = {name: [0.0, 0] for name in names}
+    peaks = {"logprob_gap": -math.inf}
+    peaks["ratio_max"] = -math.inf
     batch["weights"] = loss_weights(batch, cfg)
-    rows = list(range(len(batch["weights"])))
-    if cfg.kl_coef == 0:  # rows without advantage have no gradient: leave out what all ranks can
-        live = batch["advantages"].abs().sum(1) > 0
-        rows = live.int().argsort(descending=True, stable=True).tolist()
-        rows = rows[: int(all_reduce(int(live.sum()), dist.ReduceOp.MAX))]
-        if not rows:
-            return  # nothing to learn: no update, and so no weight decay either
+
+    # Without a KL term, rows without advantage have no gradient. If no rank has any other row,
+    # there is nothing to learn: no update, and so no weight decay either.
+    live = batch["advantages"].any(1) | (cfg.kl_coef > 0)  # [B]
+    if all_reduce(int(live.sum())) == 0:
+        return sums, peaks
+    rows = live.nonzero()[:, 0].tolist() or [0]  # DDP wants a backward pass of each rank
+
+    # Forward and backward by micro-batch: the gradients add up to those of the whole batch.
+    policy.train()
     pieces = micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens, cfg.share_prompts)
-    for number, piece in enumerate(pieces, 1):
+    for piece in pieces:
         micro = select_rows(batch, piece)
         if cfg.kl_coef > 0:
             micro["ref_logprobs"] = reference_logprobs(policy, reference, micro, cfg)
-        # DDP would all-reduce after each backward; only the last one of the update needs it.
-        ddp_policy.require_backward_grad_sync = number == len(pieces)
+        # DDP would all-reduce after each backward; only the last one needs it.
+        ddp_policy.require_backward_grad_sync = piece is pieces[-1]
         outputs = ddp_policy(micro)
         loss = (policy_loss(outputs, micro, cfg) * micro["weights"]).sum()
-        (loss * dist.get_world_size()).backward()  # DDP averages over ranks
-        measure(policy, outputs, micro, cfg, step, sums, peaks)
+        (loss * dist.get_world_size()).backward()  # DDP averages, but the weights count all ranks
+        add_up(sums, measure(policy, outputs, micro, cfg))
+        logprobs = outputs["logprobs"].detach()
+        old_logprobs = micro.get("old_logprobs", logprobs)
+        ratio = torch.exp(logprobs - old_logprobs)
+        peaks["ratio_max"] = max(peaks["ratio_max"], largest(ratio, micro["loss_mask"]))
+        logprobs = old_logprobs  # from before the first update: those that the rollout had
+        gap = (logprobs - micro["rollout_logprobs"]).abs()
+        peaks["logprob_gap"] = max(peaks["logprob_gap"], largest(gap, micro["loss_mask"]))
+
+    grad_norm = optimizer_step(optimizer, cfg, step)
+    if grad_norm is not None:
+        sums["grad_norm"] = [grad_norm, 1]
+    sums["skipped"] = [int(grad_norm is None), 1]
+    return sums, peaks
+
+
+def optimizer_step(optimizer, cfg, step):
+    """Clip, set rates, step -> gradient norm, or None: not finite on some rank, no rank steps."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
-    bad = all_reduce(not math.isfinite(grad_norm), dist.ReduceOp.MAX)
-    if not bad:
+    is_bad = all_reduce(not math.isfinite(grad_norm), dist.ReduceOp.MAX)
+    if not is_bad:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
         optimizer.step()
-        sums["grad_norm"] = [sums["grad_norm"][0] + grad_norm, sums["grad_norm"][1] + 1]
-    sums["skipped"] = [sums["skipped"][0] + bad, 1]
     optimizer.zero_grad()
+    return None if is_bad else grad_norm
 
 
-@torch.no_grad()
-def measure(policy, outputs, micro, cfg, step, sums, peaks):
-    """Add a micro-batch to sums {name: [sum, count]} over positions, and to peaks {name: max}."""
-    mask, logprobs = micro["loss_mask"], outputs["logprobs"]
-    values = {"entropy": (outputs["entropy"], mask)}
-    if cfg.kl_coef > 0:
-        values["kl"] = (kl_estimate(outputs, micro), mask)
-    for name, value in zip(METHOD_METRICS, method_metrics(policy, outputs, micro, cfg, step) or ()):
-        values[name] = (value, micro["latent_mask"])
-    for name, (value, where) in values.items():
-        total = value[where].sum().item()
-        if math.isfinite(total):
-            sums[name] = [sums[name][0] + total, sums[name][1] + int(where.sum())]
-    old_logprobs = micro.get("old_logprobs", logprobs)  # before the first update of the rollout
-    gaps = {"logprob_gap": (old_logprobs - micro["rollout_logprobs"]).abs(),
-            "ratio_max": (logprobs - old_logprobs).exp()}
-    for name, value in gaps.items():
-        peaks[name] = max(peaks[name], value[mask].max().clamp(max=1e9).item())
+def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
+    """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
+    policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
+    for problem in problems:
+        repeated = problem["prompt_ids"] * cfg.max_prompt_length
+        problem["prompt_ids"] = repeated[: cfg.max_prompt_length]
+    row, _ = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, 0)
+    if row is None:
+        raise SystemExit(128 + stop_agreed())
+    if dist.get_rank() == 0:
+        print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
+              f"{row['seconds']:.1f} s a step")
+    return row
+
+
+def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
+    """Evaluate, update, save, until the last step -> the last evaluation (without its records)."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = policy.table.weight.device
+    out_dir = Path(cfg.out_dir)
+    optimizer = torch.optim.AdamW(param_groups(policy, cfg), betas=(0.9, cfg.adam_beta2))
+    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
+    if resumed:
+        state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
+    ddp_policy = policy
+    if world_size > 1 and device.type != "mps":
+        # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
+        # after the first update, and a resumed run would sum over 3 or more ranks in another order.
+        ddp_policy = DistributedDataParallel(
+            policy, broadcast_buffers=False, find_unused_parameters=True)
+    if cfg.dry_run:
+        return dry_run(policy, ddp_policy, reference, optimizer, problems, cfg)
+    if rank == 0:
+        open_run(out_dir, settings, __file__, state["step"])
+
+    result = {}
+    progress = Progress(METHOD, state["step"], cfg.steps, cfg.dtype)
+    for step in range(state["step"], cfg.steps + 1):
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            started = time.time()
+            rng = make_rng(device, cfg.seed, "eval", step, rank)
+            result = evaluate(policy, policy.tokenizer, eval_problems, cfg, rng)
+            if stop_agreed():
+                break  # the evaluation is incomplete; a resumed run repeats it
+            records = result.pop("records")
+            row = {"kind": "eval", "step": step, **result, "seconds": time.time() - started}
+            if rank == 0:
+                log_rows(out_dir, row, records[:8])
+                progress.show(row, records)
+        if step == cfg.steps:
+            break
+        row, records = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step)
+        if row is None:
+            break  # told to stop
+        state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+        records = gather(records if row["skipped"] else records[:: cfg.group_size][:2])
+        if rank == 0:
+            log_rows(out_dir, row, records)
+            progress.show(row, records)
+        if stop_agreed() or state["skipped"] == 5 or step + 1 == cfg.stop_after:
+            break
+        if rank == 0 and (step + 1) % cfg.save_every == 0:
+            save_checkpoint(out_dir, policy, policy.tokenizer, optimizer, settings, state,
+                            cfg.keep_checkpoints)
+
+    # The last checkpoint, also of a run that was stopped; save_checkpoint keeps one that is there.
+    signum = stop_agreed()
+    saved = rank > 0 or save_checkpoint(
+        out_dir, policy, policy.tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
+    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
+    progress.bar.close()
+    if rank == 0:
+        end = "done" if state["step"] == cfg.steps else "stopped"
+        print(f"{end} after step {state['step']}; go on with --resume auto, or: python eval.py "
+              f"{out_dir} --data {cfg.eval_data or cfg.train}", flush=True)
+    if state["skipped"] == 5:
+        raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}; "
+                         "samples.jsonl has all completions of these steps")
+    if not saved:
+        raise SystemExit(f"{out_dir}: the last checkpoint could not be written")
+    if signum:
+        raise SystemExit(128 + signum)
+    return result
 
 
 def main(argv=None):
-    """Train, evaluate, checkpoint -> the last evaluation (metrics, without its records)."""
+    """Load, train, evaluate -> the last evaluation (metrics, without its records)."""
     cfg = parse_config(argv)
-    settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
-    settings.update(dataclasses.asdict(cfg))
-    resumed, lock, out_dir = None, None, Path(cfg.out_dir)
+    check_trainable(cfg)
+    out_dir = Path(cfg.out_dir)
+    resumed, lock = None, None
+    settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")
@@ -836,97 +777,21 @@ def main(argv=None):
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device, cfg.lora_rank)
     if cfg.gradient_checkpointing:  # only in train(): rollouts and evaluations need the cache
         lm.activation_checkpointing_enable()
-    lm.share_prompts = cfg.share_prompts and not cfg.gradient_checkpointing  # no cache there
+    lm.share_prompts = cfg.share_prompts and not cfg.gradient_checkpointing  # needs a cache, too
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
     problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
     eval_problems = encode_prompts(
         tokenizer, eval_problems, cfg.answer_marker, cfg.max_prompt_length)
-    settings["model_sha"] = weights_fingerprint(lm)
-    settings["data_sha"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
-    reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
-    groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
-    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
-    if resumed:
-        state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
-    if rank == 0 and not cfg.dry_run:
-        lock = lock or lock_run(out_dir)  # held until the process ends
-        open_run(out_dir, settings, __file__, state["step"])
+    settings.update(model_sha=weights_fingerprint(lm), data_sha=fingerprint(problems))
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
               f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
-    if cfg.dry_run:
-        cfg.steps, cfg.max_extra_rollouts = 1, 0
-        policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
-        for problem in problems:
-            copies = 1 + cfg.max_prompt_length // len(problem["prompt_ids"])
-            problem["prompt_ids"] = (problem["prompt_ids"] * copies)[: cfg.max_prompt_length]
-    ddp_policy = policy
-    if world_size > 1 and device.type != "mps":
-        # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
-        # after the first update, and a resumed run would sum over 3 or more ranks in another order.
-        ddp_policy = DistributedDataParallel(
-            policy, broadcast_buffers=False, find_unused_parameters=True)
-
-    hide = None if rank == 0 else True  # None: hidden when stderr is no terminal
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc=METHOD, disable=hide)
-    result, saved, stalls, stopping = {}, True, {}, False
-    for step in range(state["step"], cfg.steps + 1):
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and not cfg.dry_run:
-            clock, rng = time.time(), make_rng(device, cfg.seed, "eval", step, rank)
-            metrics = evaluate(policy, tokenizer, eval_problems, cfg, rng)
-            if stop_agreed():
-                break  # the evaluation is incomplete; a resumed run repeats it
-            records, result = metrics.pop("records"), metrics
-            row = {"kind": "eval", "step": step, **result, "seconds": time.time() - clock}
-            if rank == 0:
-                log_rows(out_dir, row, records[:8])
-                tqdm.write("eval  " + "  ".join(f"{name} {row[name]:.4g}" for name in (
-                    "step", "accuracy", "stderr", "n", "latent_steps", "visible_tokens")))
-        if step == cfg.steps:
-            break
-        done = train_step(policy, ddp_policy, reference, optimizer, tokenizer, problems, cfg, step)
-        if done is not None:
-            row, records = done
-            state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
-            kept = [records[:: cfg.group_size][:2]]
-            if row["skipped"]:  # by all ranks: keep what each of them drew
-                kept = [None] * world_size
-                dist.all_gather_object(kept, records)
-            if rank == 0 and not cfg.dry_run:
-                log_rows(out_dir, row, sum(kept, []))
-            if rank == 0:
-                show(row, records[:: cfg.group_size], stalls, cfg, bar)
-        stopping = stop_agreed() or state["skipped"] >= 5 or step + 1 == cfg.stop_after
-        due = stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
-        if due and rank == 0 and not cfg.dry_run:
-            saved = save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state,
-                                    cfg.keep_checkpoints)
-        if stopping:
-            break
-    bar.close()
-    signum = stop_agreed()
-    if signum and rank == 0 and not cfg.dry_run:
-        saved = save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state,
-                                cfg.keep_checkpoints)
-    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
-    if cfg.dry_run and rank == 0 and not signum:
-        print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
-              f"{row['seconds']:.1f} s a step")
-    elif rank == 0:
-        print(f"{'stopped' if stopping or signum else 'done'} after step {state['step']}; go on "
-              f"with --resume auto, or: python eval.py {out_dir} --data "
-              f"{cfg.eval_data or cfg.train}", flush=True)
-    if state["skipped"] >= 5:
-        raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}; "
-                         "samples.jsonl has all completions of these steps")
-    if not saved:
-        raise SystemExit(f"{out_dir}: the last checkpoint could not be written")
-    if signum:
-        raise SystemExit(128 + signum)
-    return result
+    if rank == 0 and not cfg.dry_run:
+        lock = lock or lock_run(out_dir)  # held until the process ends
+    reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
+    return train(policy, reference, problems, eval_problems, settings, cfg, resumed)
 
 
 if __name__ == "__main__":

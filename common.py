@@ -1060,10 +1060,10 @@ AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_lengt
               "dist_timeout")
 
 
-def resolve_config(cfg, method, minibatches=1):
+def resolve_config(cfg, method, counts=(), minibatches=1):
     """Fill in the settings that follow from others, in place; `fail` on values that cannot work.
 
-    minibatches: updates that share out a rollout.
+    counts: the method's own fields that must be at least 1; minibatches share out a rollout.
     """
     if cfg.model == "tiny" and cfg.train.startswith("arithmetic"):
         cfg.model = f"tiny:{cfg.train}"  # each arithmetic task has its own base model
@@ -1083,7 +1083,7 @@ def resolve_config(cfg, method, minibatches=1):
 
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        least = 1 if field.name in AT_LEAST_1 else 0
+        least = int(field.name in AT_LEAST_1 or field.name in counts)
         if field.type in (int, float) and not least <= value < math.inf:
             fail(f"--{field.name} {value}: must be at least {least} and finite")
     shares = int(os.environ.get("WORLD_SIZE", 1)) * minibatches

@@ -31,13 +31,13 @@ import torch.distributed as dist
 from common import (
     answers_equal, check_writable, checkpoint_settings, encode_prompts, extract_answer, fail,
     load_method, load_model, load_problems, lock_file, make_rng, mean, model_folder, run_program,
-    weights_fingerprint)
+    setup_distributed, stop_agreed, summarise, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
 MODES = {  # name: (script that decodes, None = that of the checkpoint; its Config values)
     "trained": (None, {}),
-    "explicit": (None, None),  # None: the script's PLAIN, which switches its latent steps off
+    "explicit": (None, None),  # None: the script's PLAIN_GRPO, which switches its latent steps off
     # The language model alone, every step a mixture until the answer marker (arXiv 2505.15778), as
     # its released scripts sample; they also set --cold_stop_entropy 0.01 --cold_stop_length 256.
     "soft_thinking": ("lepo", dict(until_marker=True, noise_scale=0.0, temperature=0.6, top_k=10,
@@ -98,26 +98,28 @@ def configure(name, args):
         fail(f"--{field}: is no flag of eval.py; {ELSEWHERE[field]}")
     if saved and "preset" in given:
         fail(f"--preset: {name} has its own settings; give single flags")
-    for field in sorted(given & script.PLAIN.keys() if mode != "trained" else ()):
+    for field in sorted(given & script.PLAIN_GRPO.keys() if mode != "trained" else ()):
         fail(f"--{field}: {name} is decoded in mode {mode}, which decides it")
     preset = saved.get("preset", "auto")
-    cfg = script.parse_config([  # num_prompts: any that divides by the ranks; it is for training
+    # num_prompts and minibatches are for training; they only have to suit the number of ranks
+    one_batch = ["--minibatches", "1"] if "minibatches" in names else []
+    cfg = script.parse_config([
         "--model", str(path) if saved else name, "--num_prompts", os.environ.get("WORLD_SIZE", "1"),
-        "--minibatches", "1",  # the preset's may not divide it
+        *one_batch,
         "--preset", preset if preset in (*script.PRESETS, "auto") else "paper", *args.flags])
     given = {n: getattr(cfg, n) for n in sorted(given)}
     values = {n: saved[n] for n in names - NOT_SAVED if n in saved}
-    values.update({**(script.PLAIN if changes is None else changes), **given, "lora_rank": 0})
+    values.update({**(script.PLAIN_GRPO if changes is None else changes), **given, "lora_rank": 0})
     values.setdefault("greedy", cfg.num_samples == 1)
     cfg = dataclasses.replace(cfg, **values)
-    if mode == "trained" and dataclasses.replace(cfg, **script.PLAIN) == cfg:
+    if mode == "trained" and dataclasses.replace(cfg, **script.PLAIN_GRPO) == cfg:
         mode = "explicit"  # it was trained so
     return script, cfg, mode, given
 
 
 def load_policy(script, cfg):
     """-> policy, tokenizer; what the method added only if this script trained the model."""
-    device = script.setup_distributed(cfg)[2]
+    device = setup_distributed(cfg)[2]
     torch.manual_seed(cfg.seed)  # what a method adds to a model that it has not trained
     lm, tokenizer = load_model(cfg.model, getattr(torch, cfg.dtype), device)
     policy = script.Policy(lm, tokenizer, cfg)
@@ -134,20 +136,18 @@ def pass_at_k(correct, total, k):
     return 1 - math.comb(total - correct, k) / math.comb(total, k)
 
 
-def summarise(records, num_samples):
-    """Numbers of a data set from all its records: those of `evaluate`, flexible accuracy, pass@k"""
-    correct = torch.tensor([float(r["correct"]) for r in records]).view(-1, num_samples)
-    shares, counts = correct.mean(1), correct.sum(1).int().tolist()
-    latent, length = mean(records, "latent_steps"), mean(records, "length")
+def numbers(records, num_samples):
+    """Metrics of a data set from all its records: summarise, flexible accuracy, pass@k."""
+    row = summarise(records, num_samples)
+    correct = torch.tensor([record["correct"] for record in records]).view(-1, num_samples)
+    counts = correct.sum(1).tolist()  # right samples of each problem
     loose = [answers_equal(extract_answer(r["completion"], r["marker"], flexible=True), r["gold"])
              for r in records]
-    stderr = shares.std(correction=0).item() / len(shares) ** 0.5
-    row = {"accuracy": shares.mean().item(), "stderr": stderr, "flexible": sum(loose) / len(loose),
-           "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
-           "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
-           "unanswered_frac": mean(records, "unanswered"), "switches": mean(records, "switches")}
-    for k in [2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples]:
-        row[f"pass@{k}"] = sum(pass_at_k(c, num_samples, k) for c in counts) / len(counts)
+    row["flexible"] = sum(loose) / len(loose)
+    k = 2
+    while k <= num_samples:
+        row[f"pass@{k}"] = sum(pass_at_k(count, num_samples, k) for count in counts) / len(counts)
+        k *= 2
     return row
 
 
@@ -226,7 +226,7 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
         chosen = order[start : start + size]
         rng = make_rng(policy.table.weight.device, cfg.seed, "eval", header["data"], start, rank)
         found = script.evaluate(policy, tokenizer, [problems[i] for i in chosen], cfg, rng)
-        if script.stop_agreed():
+        if stop_agreed():
             return None
         records += [{**r, "index": chosen[r["index"]], "marker": cfg.answer_marker}
                     for r in found["records"]]
@@ -234,7 +234,7 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
             part.writelines(json.dumps(r) + "\n" for r in records[start * samples :])
             part.flush()
     records.sort(key=lambda r: (r["index"], r["sample"]))
-    row = {**header, **summarise(records, samples)}
+    row = {**header, **numbers(records, samples)}
     if stem and rank == 0:
         write_results(stem, row, records)
     return row
@@ -458,7 +458,7 @@ def main(argv=None):
             parts = [name.strip("/"), data, mode, *(f"{k}={v}" for k, v in given.items())]
             stem = args.out and Path(args.out, re.sub(r"[^\w.=-]+", "-", ".".join(parts)))
             rows.append(evaluate(script, policy, tokenizer, encoded, cfg, header, stem))
-            if script.stop_agreed():
+            if stop_agreed():
                 how = "; the same command goes on from there" * bool(args.out)
                 raise SystemExit(1 if dist.get_rank() else f"stopped at {name} on {data}{how}")
     if dist.get_rank() == 0:

@@ -108,7 +108,8 @@ class Config:
     dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        resolve_config(self, METHOD, self.minibatches)  # fills in "auto", checks what is shared
+        counts = ("update_epochs", "minibatches", "cold_stop_length")
+        resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
         if not 1e-4 <= self.latent_tau:
             fail(f"--latent_tau {self.latent_tau}: want 0.0001 or more; 0.3 and 0.5 are published")
         if self.latent_grad not in LATENT_GRADS:
@@ -220,7 +221,9 @@ class Policy(nn.Module):
         self.lm = lm
         self.tokenizer = tokenizer
         self.table = lm.get_input_embeddings()
-        self.temperature, self.tau, self.kind = cfg.temperature, cfg.latent_tau, cfg.latent_grad
+        self.temperature = cfg.temperature
+        self.tau = cfg.latent_tau
+        self.kind = cfg.latent_grad
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
         if cfg.latent_steps == 0:
             self.num_candidates = 1  # every step is a token, its only candidate
@@ -258,8 +261,8 @@ class Policy(nn.Module):
                 self.temperature)  # [B, T, K], [B, T]
         tokens = latent_logprob(u, candidates, self.tau, "token")
         latents = latent_logprob(u, candidates, self.tau, self.kind)
-        return {"logprobs": torch.where(batch["latent_mask"], latents, tokens),
-                "token_logprobs": tokens, "entropy": entropy}
+        logprobs = torch.where(batch["latent_mask"], latents, tokens)
+        return {"logprobs": logprobs, "token_logprobs": tokens, "entropy": entropy}
 
 
 def start_state(num_rows, policy, cfg):
@@ -305,17 +308,23 @@ def latent_input(policy, logits, cfg, rng, greedy):
     The id shown is the likeliest before the noise: graded with the text, and the end of the row if
     it is EOS, but neither fed nor scored for itself [code].
     """
+    noise_scale = 0.0 if greedy else cfg.noise_scale
     topk_ids, topk_scores = gumbel_softmax_scores(
-        logits, policy.tau, cfg.top_k, cfg.top_p, cfg.temperature, rng,
-        0.0 if greedy else cfg.noise_scale)  # [b, K] each
-    embeds = top_k_mixture(topk_ids, mixture_weights(topk_scores, policy.tau), policy.table)
-    logprobs = torch.log_softmax(logits / cfg.temperature, -1).gather(1, topk_ids)  # [b, K]
+        logits, policy.tau, cfg.top_k, cfg.top_p, cfg.temperature, rng, noise_scale)  # [b, K] each
+    weights = mixture_weights(topk_scores, policy.tau)
+    embeds = top_k_mixture(topk_ids, weights, policy.table)
+    logprobs = torch.log_softmax(logits / cfg.temperature, -1)
+    logprobs = logprobs.gather(1, topk_ids)  # [b, K]
     ids = topk_ids.gather(1, logprobs.argmax(-1, keepdim=True))[:, 0]
-    logprobs = latent_logprob(topk_scores, logprobs, policy.tau, policy.kind)  # [b]
+    score = latent_logprob(topk_scores, logprobs, policy.tau, policy.kind)  # [b]
     mask = torch.ones_like(ids, dtype=torch.bool)
     return ids, embeds, {
-        "loss_mask": mask, "latent_mask": mask, "topk_ids": topk_ids, "topk_scores": topk_scores,
-        "rollout_logprobs": logprobs}
+        "loss_mask": mask,
+        "latent_mask": mask,
+        "topk_ids": topk_ids,
+        "topk_scores": topk_scores,
+        "rollout_logprobs": score,
+    }
 
 
 def soft_thinking_input(policy, logits, state, cfg, rng, greedy):

@@ -35,10 +35,8 @@ def our_step(model, cfg, problems):
     lm, tokenizer = load_model(model)
     lm.share_prompts = cfg.share_prompts
     policy = hrpo.Policy(lm, tokenizer, cfg)
-    groups = [{**g, "initial_lr": g["lr"]} for g in hrpo.param_groups(policy, cfg)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
-    return lambda n: hrpo.train_step(
-        policy, policy, None, optimizer, tokenizer, problems, cfg, n)[0]
+    optimizer = torch.optim.AdamW(hrpo.param_groups(policy, cfg), betas=(0.9, cfg.adam_beta2))
+    return lambda n: hrpo.train_step(policy, policy, None, optimizer, problems, cfg, n)[0]
 
 
 def against_trl(model, steps):

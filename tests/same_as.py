@@ -1,4 +1,4 @@
-"""Does this tree train exactly what COMMIT trained? Weights, samples and shared metrics, bit for bit.
+"""Does this tree train exactly what COMMIT trained? Weights, samples, metrics, bit for bit.
 
 python tests/same_as.py COMMIT [SCRIPT ...] [--steps 8] [-- FLAGS]
 

@@ -7,18 +7,18 @@ import subprocess
 import sys
 import time
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from runs import OFF, flags, rows, train, tree
 
+from common import Progress
+
 EXTRA = {  # metrics of the method
-    "hrpo": {"gate_a", "hidden_ratio", "hidden_ratio_decay_only"},
-    "lepo": {"mixture_size", "survivors", "top_is_shown"},
-    "latent_grpo": {"margin", "crossed_frac", "top_weight"},
-    "hyrea": {"latent_size", "switch_entropy", "latent_reward"}}
-ELSEWHERE = {"device", "dtype", "preset"}  # "auto" fields that no preset sets
+    "hrpo": {"gate_a", "hidden_ratio"},
+    "lepo": {"mixture_size", "survivors", "top_is_shown", "ratio_max"},
+    "latent_grpo": {"margin", "crossed_frac", "top_weight", "ratio_max"},
+    "hyrea": {"latent_size", "switch_entropy", "latent_reward", "ratio_max"}}
 
 
 def refusal(method, argv, capsys):
@@ -49,9 +49,10 @@ def test_bad_values_end_in_one_line_that_names_them(method, model, tmp_path, cap
     assert all(word in line for word in words.split()) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", ["--update_epochs 2", "--minibatches 2"])
-def test_hrpo_refuses_several_updates_on_a_rollout(model, tmp_path, capsys, more):
-    assert "one update" in refusal("hrpo", flags(model, tmp_path / "run", more), capsys)
+@pytest.mark.parametrize("more", ["--update_epochs 2", "--minibatches 2", "--clip_eps 0.1"])
+def test_hrpo_has_no_ratio_and_so_no_flag_for_one(model, tmp_path, capsys, more):
+    assert train("hrpo", flags(model, tmp_path / "run", more)) == 2
+    assert more.split()[0] in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_prompts_must_divide_by_the_ranks(method, model, tmp_path, capsys, monkeypatch):
@@ -115,17 +116,27 @@ def test_the_model_decides_the_preset(method, name, preset, train_set, marker):
     assert "auto" not in dataclasses.asdict(cfg).values()
 
 
-def test_every_preset_sets_every_field_that_is_auto(method):
+def test_presets_list_only_fields_that_exist_and_differ_from_the_defaults(method):
     script = import_module(method)
     fields = {f.name: f.default for f in dataclasses.fields(script.Config)}
-    automatic = {name for name, default in fields.items() if default == "auto"} - ELSEWHERE
-    assert {"tiny", "paper"} <= set(script.PRESETS)
-    for preset in script.PRESETS.values():
-        assert automatic <= set(preset) <= set(fields)
+    assert {"tiny", "paper"} <= set(script.PRESETS) and script.PRESETS["tiny"] == {}
+    for name, preset in script.PRESETS.items():
+        same = [key for key, value in preset.items() if fields[key] == value]
+        assert not same, f"--preset {name} repeats the defaults of {same}"
+
+
+def test_help_shows_the_values_of_the_chosen_preset(method, capsys):
+    script = import_module(method)
+    for preset in ("tiny", "paper"):
+        with pytest.raises(SystemExit):
+            script.parse_config(["--preset", preset, "--help"])
+        lr = script.PRESETS[preset].get("lr", script.Config.lr)
+        line, = re.findall(r"^  --lr float +(.*)$", capsys.readouterr().out, re.M)
+        assert line.endswith(f"({lr})")
 
 
 TRAIN = ("kind step reward correct format_ok zero_std_frac length latent_steps truncated_frac kl "
-         "entropy ratio_max logprob_gap grad_norm lr tokens_per_s_rollout tokens_per_s_update "
+         "entropy logprob_gap grad_norm lr tokens_per_s_rollout tokens_per_s_update "
          "peak_mem_gib seconds skipped")
 EVAL = ("kind step accuracy n stderr latent_steps visible_tokens total_length truncated_frac "
         "format_ok unanswered_frac switches seconds")
@@ -169,17 +180,25 @@ def test_a_run_folder_holds_what_is_promised(method, model, tmp_path, more):
 
 @pytest.mark.parametrize("name, key, bad, good", [
     ("reward is 0", "reward", 0.0, 0.5), ("30 % are truncated", "truncated_frac", 0.5, 0.1),
-    ("no position is plain", "latent_steps", 4.0, 3.5)])
-def test_ten_hopeless_steps_in_a_row_are_warned_of_once(method, capsys, name, key, bad, good):
-    script, stalls = import_module(method), {}
-    bar = SimpleNamespace(disable=True, update=lambda: None, set_postfix_str=lambda text: None)
-    cfg = script.parse_config(["--model", "tiny"])
-    fine = {"reward": 0.5, "truncated_frac": 0.0, "length": 4.0, "latent_steps": 2.0,
-            "zero_std_frac": 0.5, "seconds": 1.0}
+    ("no position is plain", "latent_steps", 4.0, 3.5),
+    ("rollout and update disagree", "logprob_gap", 0.011, 0.009)])
+def test_ten_hopeless_steps_in_a_row_are_warned_of_once(capsys, name, key, bad, good):
+    progress = Progress("test", 0, 30)
+    fine = {"kind": "train", "reward": 0.5, "truncated_frac": 0.0, "length": 4.0,
+            "latent_steps": 2.0, "zero_std_frac": 0.5, "logprob_gap": None, "seconds": 1.0}
     for step, value in enumerate([bad] * 9 + [good] + [bad] * 9, 2):
-        script.show({**fine, "step": step, key: value}, [], stalls, cfg, bar)
+        progress.show({**fine, "step": step, key: value}, [])
     assert "warning" not in capsys.readouterr().err
     for step in (21, 22, 23):
-        script.show({**fine, "step": step, key: bad}, [], stalls, cfg, bar)
-    warning, = capsys.readouterr().err.splitlines()
+        progress.show({**fine, "step": step, key: bad}, [])
+    warning, = re.findall("warning: .*", capsys.readouterr().err)
     assert name in warning and "10 steps" in warning
+
+
+def test_a_gap_that_bfloat16_explains_is_no_reason_to_warn(capsys):
+    row = {"kind": "train", "step": 2, "logprob_gap": 0.1}
+    for dtype, warned in (("bfloat16", False), ("float32", True)):
+        progress = Progress("test", 0, 30, dtype)
+        for _ in range(12):
+            progress.show(row, [])
+        assert ("disagree" in capsys.readouterr().err) == warned

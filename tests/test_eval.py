@@ -116,7 +116,7 @@ def test_flags_that_do_not_fit_are_refused(run, capsys):
 
 def test_what_a_mode_decides_is_no_flag_and_models_come_first(run, capsys):
     method, folder, model = run
-    name, off = next(iter(import_module(method).PLAIN.items()))
+    name, off = next(iter(import_module(method).PLAIN_GRPO.items()))
     flag = [f"--{name}"] if off is False else [f"--{name}", "4"]
     assert "mode explicit" in refused(capsys, folder, "--mode", "explicit", *flag)
     assert "hybrid" in refused(capsys, model, "--hybrid")
@@ -209,36 +209,20 @@ def test_a_folder_without_a_model_is_refused(name, word, tmp_path, monkeypatch, 
     assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_problem_is_drawn_once_in_each_pass_over_the_data(method):
-    draw = import_module(method).batch_indices
-    indices = sum((draw(10, 4, 7, step) for step in range(5)), [])
-    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
-    assert indices[:10] != indices[10:]
-    other = sum((draw(10, 4, 8, step) for step in range(5)), [])
-    assert other[:10] != indices[10:] and other[:10] != indices[:10]
+def test_every_problem_is_drawn_once_in_each_pass_over_the_data():
+    problems = list(range(10))
+    drawn = sum((common.next_problems(problems, 4, 7, step) for step in range(5)), [])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == problems
+    assert drawn[:10] != drawn[10:]
+    other = sum((common.next_problems(problems, 4, 8, step) for step in range(5)), [])
+    assert other[:10] != drawn[10:] and other[:10] != drawn[:10]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_extra_rollouts_replace_groups_of_equal_rewards(method, run, monkeypatch):
-    script = import_module(method)
-    cfg = script.parse_config(flags(run[2], "", "--max_extra_rollouts 3 --num_prompts 6"))
-    policy = script.Policy(*common.load_model(run[2]), cfg)
-    tokenizer = common.load_model(run[2])[1]
-    problems = common.encode_prompts(
-        tokenizer, common.load_problems("arithmetic:2-4", "train", 40), cfg.answer_marker, 64)
-    counter = itertools.count()
-
-    def reward(record):
-        number = next(counter)
-        return float(number // cfg.group_size % 3 == 0 and number % 2)  # every third group is live
-
-    monkeypatch.setattr(script, "reward", reward)
-    batch, records = script.collect_batch(policy, tokenizer, problems, cfg, 0)
-    spread = batch["rewards"].view(6, -1).std(1) > 0
-    assert len(records) == 3 * 6 * cfg.group_size and spread.all()  # 2 + 2 + 2 live groups
-    assert len(batch["completion_ids"]) == 6 * cfg.group_size
-    monkeypatch.setattr(script, "reward", lambda record: 0.0)
-    batch, records = script.collect_batch(policy, tokenizer, problems, cfg, 0)
-    assert len(batch["rewards"]) == 6 * cfg.group_size
-    assert len(records) == 4 * 6 * cfg.group_size
+def test_ranks_share_out_the_problems_of_a_step(monkeypatch):
+    whole = common.next_problems(list(range(10)), 7, 0, 2)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(common.dist, "get_rank", lambda: rank)  # noqa: B023
+        parts.append(common.next_problems(list(range(10)), 7, 0, 2))
+    assert sum(parts, []) == whole and [len(part) for part in parts] == [2, 2, 3]

@@ -89,7 +89,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_if_never_stopped(
     part = half(folder, tmp_path / "out", interrupt, more)
     samples = 4 if more == SAMPLED else 1
     assert len(part.read_text().splitlines()) == 1 + 2 * 3 * samples
-    import_module("lepo").SIGNALS.clear()
+    common.SIGNALS.clear()
     calls = interrupt(0)
     row, = evaluate(folder, tmp_path / "out", more)
     assert len(calls) == 3 and f"after {6 * samples} of {13 * samples}" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_chunks_have_their_own_noise_and_greedy_decoding_does_not_see_them(folde
     assert {key: row[key] for key in once} == once  # every number, to the last bit
     assert 0 < row["accuracy"] < 1
     records = [{**r, "marker": cfg.answer_marker} for r in records]
-    assert evaluation.summarise(records, 1).items() <= row.items()
+    assert evaluation.numbers(records, 1).items() <= row.items()
     seen, draw = [], evaluation.make_rng
     monkeypatch.setattr(evaluation, "make_rng", lambda *key: seen.append(key[1:]) or draw(*key))
     evaluate(folder, "", SAMPLED)
@@ -135,10 +135,10 @@ def test_a_torn_line_or_chunk_is_dropped(folder, tmp_path, interrupt):
             path.unlink()
         part.write_bytes(text[:size])
         calls = interrupt(2)
-        import_module("lepo").SIGNALS.clear()
+        common.SIGNALS.clear()
         with pytest.raises(SystemExit):  # stopped a second time, after one more chunk
             evaluate(folder, tmp_path / "out", SAMPLED)
-        import_module("lepo").SIGNALS.clear()
+        common.SIGNALS.clear()
         assert evaluate(folder, tmp_path / "out", SAMPLED) == whole
         assert len(calls) == 1 + 5 - kept // 12
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -148,15 +148,15 @@ def test_lines_that_stand_twice_are_dropped(folder, tmp_path, interrupt):
     part = half(folder, tmp_path / "out", interrupt)
     header, *lines = part.read_text().splitlines(keepends=True)
     part.write_text("".join([header, *lines, *lines]))
-    import_module("lepo").SIGNALS.clear()
+    common.SIGNALS.clear()
     assert evaluate(folder, tmp_path / "out")[0] == evaluate(folder, "")[0]
 
 
 def test_a_part_or_result_of_another_evaluation_is_refused(folder, tmp_path, interrupt, capsys):
     part = half(folder, tmp_path / "out", interrupt, SAMPLED)
-    before, script = part.read_bytes(), import_module("lepo")
+    before = part.read_bytes()
     argv = [folder, *LINE.split(), *SAMPLED.split(), "--out", tmp_path / "out"]
-    script.SIGNALS.clear()
+    common.SIGNALS.clear()
     assert "n 13 there and 12 here" in refused(capsys, *argv, "--limit", 12)
     assert part.read_bytes() == before
     header, rest = before.split(b"\n", 1)

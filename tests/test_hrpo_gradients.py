@@ -15,7 +15,6 @@ from common import (
     completion_hidden,
     frozen_copy,
     lm_logits,
-    soft_embedding,
 )
 
 torch.set_num_threads(1)
@@ -24,12 +23,12 @@ torch.set_num_threads(1)
 def full_bptt_logprobs(policy, batch, cfg):
     """Log-probs when s is recomputed, with gradient, from the logits that sampled its token."""
     logits = [None] * batch["completion_ids"].shape[1]
-    embeds, _ = policy.completion_embeds(batch)
+    embeds = policy.completion_embeds(batch)
     embeds = [embeds[:, t].detach() for t in range(len(logits))]
     for t in range(len(logits)):
         hidden = completion_hidden(policy.lm, batch, torch.stack(embeds, 1))
         logits[t] = lm_logits(policy.lm, hidden[:, t])
-        s = soft_embedding((logits[t] / cfg.temperature).softmax(-1), policy.table)
+        s = hrpo.soft_embedding((logits[t] / cfg.temperature).softmax(-1), policy.table)
         mixed, _ = policy.gate(policy.table(batch["completion_ids"][:, t]), s)
         keep = batch["latent_mask"][:, t, None]
         embeds[t] = torch.where(keep, mixed, embeds[t])
@@ -45,7 +44,7 @@ def test_lambda_gradient_matches_finite_differences_with_s_held_fixed():
 
     def loss():
         with torch.no_grad():  # from log-probs alone: the loss itself has a constant value
-            embeds, _ = policy.completion_embeds(batch)
+            embeds = policy.completion_embeds(batch)
             logits = policy.lm.lm_head(completion_hidden(policy.lm, batch, embeds))[..., :29]
             lp = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
             return -(batch["advantages"] * lp * batch["weights"]).sum()
@@ -155,12 +154,10 @@ def test_every_trained_parameter_is_in_one_optimizer_group(changes):
         assert any(re.match(part, n) for n in trained) == expected, part
 
 
-def test_decay_alone_moves_the_logged_counterfactual_as_adamw_does():
+def test_weight_decay_alone_lets_more_of_the_soft_token_in():
     torch.manual_seed(0)
     cfg = hrpo.Config(**hrpo.PRESETS["paper"])  # 934 steps, decay 0.1 at 1e-3, cosine
-    gate = hrpo.HybridGate(2048, 0.99, 0.999).requires_grad_(False)
-    policy = torch.nn.Module()
-    policy.gate, start = gate, gate.Lambda.clone()
+    start = hrpo.HybridGate(2048, 0.99, 0.999).Lambda.detach()
     a = torch.exp(-4 * torch.nn.functional.softplus(-start))  # r = 1/2
     assert (1 - a.mean() ** 2).sqrt() == pytest.approx(0.074, abs=1e-3)
     now = torch.nn.Parameter(start.clone())
@@ -169,12 +166,5 @@ def test_decay_alone_moves_the_logged_counterfactual_as_adamw_does():
         optimizer.param_groups[0]["lr"] = cfg.lr_lambda * hrpo.lr_factor(step, cfg)
         now.grad = torch.zeros_like(now)
         optimizer.step()
-    gate.Lambda.copy_(start + 0.5)  # what was learned must not show
-    _, learned = gate(torch.zeros(1, 1, 2048), torch.zeros(1, 1, 2048))
     decayed = torch.exp(-4 * torch.nn.functional.softplus(-now.detach()))
     assert (1 - decayed.mean() ** 2).sqrt() == pytest.approx(0.087, abs=1e-3)
-    found = hrpo.method_metrics(policy, {"a": learned}, {}, cfg, 934)
-    expected = (learned, (1 - learned**2).sqrt(), (1 - decayed**2).sqrt())
-    for value, want in zip(found, expected):
-        assert value.shape == (1, 1)
-        assert value.item() == pytest.approx(want.mean().item(), rel=1e-3)

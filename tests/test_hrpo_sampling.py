@@ -93,23 +93,6 @@ def test_token_and_soft_token_share_one_distribution(top_k, top_p):
     torch.testing.assert_close(record["rollout_logprobs"], lp)
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (6, 0.8)])
-def test_proj_tau_changes_s_and_nothing_else(top_k, top_p):
-    found = []
-    for tau in (0.0, 0.7, 1.4):
-        _, policy, cfg = build(
-            "hrpo", **STRONG, temperature=0.7, proj_tau=tau, top_k=top_k, top_p=top_p)
-        logits, state = torch.randn(8, 29, generator=make(3)) * 2, hrpo.start_state(8, policy, cfg)
-        with torch.no_grad():
-            found.append(hrpo.next_input(policy, logits, None, 0, state, cfg, make(0), False))
-    default, same, hot = found
-    assert torch.equal(default[0], hot[0])
-    torch.testing.assert_close(default[2]["soft_embeds"], same[2]["soft_embeds"])
-    assert (default[2]["soft_embeds"] - hot[2]["soft_embeds"]).abs().max() > 0.05
-    for name in ("loss_mask", "latent_mask", "rollout_logprobs"):
-        assert torch.equal(default[2][name], hot[2][name])
-
-
 def make(seed):
     return torch.Generator().manual_seed(seed)
 

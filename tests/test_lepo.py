@@ -1,5 +1,6 @@
 """LEPO's mixtures and rollouts: support, noise, frequencies, what is shown, stored and scored."""
 
+import dataclasses
 import math
 
 import pytest
@@ -220,7 +221,9 @@ def test_scores_stay_in_float32_for_a_bfloat16_model():
 
 def test_metrics_describe_the_mixtures():
     policy, cfg, batch = rollout(top_k=9, top_p=0.8)
-    size, kept, shown = lepo.method_metrics(policy, {}, batch, cfg, 0)
+    outputs = {"entropy": torch.zeros(batch["loss_mask"].shape)}
+    found = lepo.measure(policy, outputs, batch, dataclasses.replace(cfg, kl_coef=0.0))
+    size, kept, shown = (found[name][0] for name in lepo.METHOD_METRICS)
     for row, t in batch["latent_mask"].nonzero().tolist():
         u = batch["topk_scores"][row, t]
         z = (u / cfg.latent_tau).softmax(0)

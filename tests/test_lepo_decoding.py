@@ -118,7 +118,7 @@ def test_cold_stop_is_off_at_0_and_waits_for_its_length(limit, length, monkeypat
 
 def test_plain_switches_off_what_is_latent():
     _, policy, cfg = build("lepo", until_marker=True, eos=(2,))
-    batch = draw(lepo, policy, dataclasses.replace(cfg, **lepo.PLAIN))
+    batch = draw(lepo, policy, dataclasses.replace(cfg, **lepo.PLAIN_GRPO))
     assert not batch["latent_mask"].any()
     exists, ids = batch["completion_mask"], batch["completion_ids"]
     assert torch.equal(policy.completion_embeds(batch)[exists], policy.table(ids)[exists])

@@ -78,7 +78,7 @@ def test_a_terminal_without_utf_8_ends_no_run(method, model, tmp_path, monkeypat
     data.write_text('{"question": "1+1=√Ω", "answer": "2"}\n{"question": "2+1=", "answer": "3"}\n',
                     encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", shown)
-    argv = flags(model, tmp_path / "rün", f"--train {data} --eval_data {data} --print_every 1")
+    argv = flags(model, tmp_path / "rün", f"--train {data} --eval_data {data}")
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *FIRST.get(method, []), *argv])
     runpy.run_path(str(ROOT / f"{method}.py"), run_name="__main__")
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "rün"), "--out", str(tmp_path)])
@@ -141,7 +141,7 @@ def test_a_disk_that_takes_no_weights_keeps_the_run_alive_until_its_end(
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
     assert "the last checkpoint could not be written" in str(code)
     lines = [line for line in capsys.readouterr().err.splitlines() if "NOT saved" in line]
-    assert len(lines) == 2 and all("step_00000" in line and "MiB free" in line for line in lines)
+    assert len(lines) == 3 and all("step_00000" in line and "MiB free" in line for line in lines)
     assert len(rows(tmp_path / "run", "train")) == 4 and not [*(tmp_path / "run").glob("step_*")]
     assert isinstance(train(method, flags(model, tmp_path / "run", "--resume auto")), dict)
 
@@ -160,15 +160,13 @@ def test_a_disk_that_is_full_in_the_middle_of_a_row_costs_that_row_only(tmp_path
     assert len(lines) == 2 and "step 2 not written" in lines[0] and "metrics.jsonl" in lines[0]
 
 
-@pytest.mark.parametrize("more", ["", "--max_extra_rollouts 2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_in_which_no_group_teaches_changes_no_weight(
-        method, model, tmp_path, monkeypatch, more):
+def test_a_run_in_which_no_group_teaches_changes_no_weight(method, model, tmp_path, monkeypatch):
     script = import_module(method)
     monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: common.load_problems(
         spec, split, 8))
     monkeypatch.setattr(script, "reward", lambda record: 1.0)
-    more += " --kl_coef 0 --weight_decay 0.5"
+    more = "--kl_coef 0 --weight_decay 0.5"
     assert isinstance(train(method, flags(model, tmp_path / "run", more)), dict)
     early, late = (torch.load(tmp_path / "run" / name / "trainer.pt", weights_only=True)
                    for name in ("step_000002", "step_000004"))

@@ -65,9 +65,7 @@ def gradients(module, policy, cfg, batch, micro_batch=8, max_tokens=0):
     optimizer = torch.optim.SGD([{"params": list(trained.values()), "initial_lr": 1.0}], 1.0)
     sign = 1.0 - 2.0 * (torch.arange(len(batch["lengths"])) % 2)
     batch = {**batch, "advantages": sign[:, None] * batch["loss_mask"]}
-    names = ("entropy", "kl", *module.METHOD_METRICS, "grad_norm", "skipped")
-    sums, peaks = {n: [0.0, 0.0] for n in names}, {"ratio_max": 0.0, "logprob_gap": 0.0}
-    module.update(policy, policy, None, optimizer, batch, cfg, 0, sums, peaks)
+    sums, _ = module.update(policy, policy, None, optimizer, batch, cfg, 0)
     found = {n: before[n] - p.detach() for n, p in trained.items()}
     for n, p in trained.items():
         p.data.copy_(before[n])

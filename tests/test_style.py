@@ -13,13 +13,36 @@ from conftest import ROOT
 
 SCRIPTS = [p for p in ("hrpo.py", "lepo.py", "latent_grpo.py", "hyrea.py") if (ROOT / p).exists()]
 TITLES = ["1. config", "2. the method", "3. rollout", "4. rewards and advantages",
-          "5. evaluation", "6. plumbing", "7. training"]
-SHARED = ["3. rollout", "5. evaluation", "6. plumbing", "7. training"]
+          "5. evaluation", "6. training"]
+SHARED = ["3. rollout", "5. evaluation", "6. training"]  # hrpo.py's text; others may insert lines
 METHOD_NAMES = {"Policy", "start_state", "next_input", "reference_logprobs", "policy_loss",
-                "param_groups", "method_metrics"}
-LONGEST = {"common.py": 1275, "eval.py": 470, "README.md": 500,
-           "latent_grpo.py": 1217, "lepo.py": 935, "hyrea.py": 1240, "test_replay.py": 260,
-           "test_eval_files.py": 260}  # others: a script 930, a test 250
+                "param_groups", "measure"}
+# Nodes of the syntax tree, so that neither packing lines nor explaining changes the size; and
+# nodes on a line of code. For comparison: cleanrl's ppo.py 1 533 at 6.1, nanoGPT's train.py 1 296
+# at 5.7 and its model.py 1 632 at 7.5.
+LARGEST = {"hrpo.py": 3900, "lepo.py": 4500, "latent_grpo.py": 7300, "hyrea.py": 7300,
+           "common.py": 10800, "eval.py": 6300}
+DENSEST = {"common.py": 8.0, "eval.py": 8.0}  # scripts: 7.5
+FREE = (ast.expr_context, ast.operator, ast.cmpop, ast.boolop, ast.unaryop, ast.Import,
+        ast.ImportFrom, ast.alias)
+
+
+def measure(name):
+    """Size (nodes without docstrings, imports, comments) and lines of code of a file."""
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    size, lines, doc_lines, nodes = 0, set(), set(), [tree]
+    while nodes:
+        node = nodes.pop()
+        children = list(ast.iter_child_nodes(node))
+        has_doc = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if has_doc and ast.get_docstring(node, clean=False) is not None:
+            children.remove(node.body[0])
+            doc_lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        size += not isinstance(node, FREE)
+        if isinstance(node, ast.expr | ast.stmt | ast.arg | ast.keyword):
+            lines |= {node.lineno, node.end_lineno}
+        nodes += children
+    return size, len(lines - doc_lines)
 
 
 def sections(name):
@@ -33,15 +56,18 @@ def test_a_script_has_the_sections_in_order(name):
     assert [title for title in sections(name) if title and "b." not in title[:3]] == TITLES
 
 
+@pytest.mark.parametrize("name", SCRIPTS[1:])
 @pytest.mark.parametrize("title", SHARED)
-def test_shared_sections_are_byte_identical(title):
-    staged = [n for n in SCRIPTS if title == "7. training" and any("b." in t for t in sections(n))]
-    texts = {sections(name)[title] for name in SCRIPTS if name not in staged}
-    assert len(texts) == 1, f"section '{title}' differs: change it in all scripts or in none"
-    for name in staged:  # a supervised stage inserts lines, and changes none
-        lines = texts.copy().pop().splitlines(), sections(name)[title].splitlines()
-        assert {tag for tag, *_ in SequenceMatcher(None, *lines, False).get_opcodes()} == {
-            "equal", "insert"}, name
+def test_shared_sections_are_those_of_hrpo_but_for_inserted_lines(title, name):
+    ours, theirs = (sections(script)[title].splitlines() for script in ("hrpo.py", name))
+    assert len(ours) > 15
+    for tag, a, b, c, d in SequenceMatcher(None, ours, theirs, False).get_opcodes():
+        assert tag in ("equal", "insert"), f"{name} changes {ours[a:b]} to {theirs[c:d]}"
+
+
+@pytest.mark.parametrize("title", SHARED[:2])
+def test_rollout_and_evaluation_are_the_same_text_in_all_scripts(title):
+    assert len({sections(name)[title] for name in SCRIPTS}) == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -54,7 +80,7 @@ def test_section_2_owns_the_method(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_name_of_the_method_stands_only_in_docstring_config_and_section_2(name):
     word = name.removesuffix(".py").replace("_", "[_-]?")
-    for title in ("3. rollout", "5. evaluation", "6. plumbing", "7. training"):
+    for title in SHARED:
         assert not re.search(rf"\b{word}\b", sections(name)[title], re.I), title
 
 
@@ -62,12 +88,25 @@ def test_the_name_of_the_method_stands_only_in_docstring_config_and_section_2(na
 def test_every_config_field_is_documented_and_every_method_field_has_a_source(name):
     script = import_module(name.removesuffix(".py"))
     text = sections(name)["1. config"]
-    before, _, method = text.partition("    # the method\n")
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", text, re.M))
     assert list(notes) == [f.name for f in dataclasses.fields(script.Config)]
-    for field in re.findall(r"^    (\w+): \w+ = ", method, re.M):
+    method = text.partition("    # the method\n")[2].partition("    # optimizer and memory\n")[0]
+    fields = re.findall(r"^    (\w+): \w+ = ", method, re.M)
+    assert len(fields) > 4
+    for field in fields:
         tag = re.search(r"\[(eq|tab|sec|stage|fig|code|ours)", notes[field])
         assert tag, f"{field}: no source tag"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_field_that_scripts_share_has_the_same_help_in_all(name):
+    """But for how many updates a rollout serves, and presets by name."""
+    pattern = re.compile(r"^    (\w+): \w+ = .*?  # (.+)$", re.M)
+    notes = [dict(pattern.findall(sections(script)["1. config"])) for script in ("hrpo.py", name)]
+    both = notes[0].keys() & notes[1].keys()
+    assert len(both) > 35
+    differ = {field for field in both if notes[0][field] != notes[1][field]}
+    assert differ <= {"steps", "preset", "weight_decay", "stop_after"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -87,15 +126,31 @@ def test_importing_a_script_has_no_side_effect(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_keep_their_size_and_width():
-    files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), ROOT / "README.md"]
+@pytest.mark.parametrize("name", LARGEST)
+def test_a_file_keeps_within_its_budget(name):
+    size, lines = measure(name)
+    assert size > 2000 and size <= LARGEST[name]
+    assert size / lines <= DENSEST.get(name, 7.5) + 0.05, f"{size / lines:.2f} nodes a line"
+
+
+def test_no_line_is_wider_than_100_characters():
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+    assert len(files) > 40
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
-        limit = LONGEST.get(file.name, 250 if file.parent.name == "tests" else 930)
-        assert len(lines) <= limit, f"{file.name} has {len(lines)} lines, {limit} are allowed"
-        if file.suffix == ".py":
-            wide = [n for n, line in enumerate(lines, 1) if len(line) > 100]
-            assert not wide, f"{file.name}: lines {wide} are wider than 100"
+        wide = [n for n, line in enumerate(lines, 1) if len(line) > 100]
+        assert not wide, f"{file.name}: lines {wide} are wider than 100"
+
+
+def test_no_function_of_common_serves_a_single_script_only():
+    text = {name: (ROOT / name).read_text(encoding="utf-8") for name in [*SCRIPTS, "eval.py"]}
+    common = (ROOT / "common.py").read_text(encoding="utf-8")
+    functions = [node.name for node in ast.parse(common).body if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 60
+    for function in functions:
+        users = [name for name in text if re.search(rf"\b{function}\b", text[name])]
+        inside = len(re.findall(rf"\b{function}\b", common)) > 1
+        assert inside or len(users) > 1, f"{function} serves {users}"
 
 
 def test_only_the_four_packages_are_imported_at_run_time():

@@ -44,7 +44,8 @@ MODES = {  # name: (script that decodes, None = that of the checkpoint; its Conf
                                    top_p=0.95)),
     "floor": ("latent_grpo", dict(floor=True)),  # an empty thought: what is known without one
 }
-NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_samples", "greedy"}
+NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_samples", "greedy",
+             "num_prompts", "minibatches"}
 ELSEWHERE = {"model": "name models before the flags", "train": "use --data", "eval_data": "use "
              "--data", "eval_limit": "use --limit", "out_dir": "use --out"}  # not flags here
 COLUMNS = ("flexible", "latent_steps", "visible_tokens", "total_length", "switches",
@@ -81,40 +82,67 @@ def configure(name, args):
     """
     path = model_folder(name)
     saved = checkpoint_settings(path)
-    mode = args.mode if saved or args.mode != "trained" else "explicit"
-    method, changes = MODES[mode]
-    own = saved.get("method", "hrpo")  # one of ours, or a fork that lies beside them
-    if not method or changes.keys() <= saved.keys():  # a fork of the mode's script has its fields
-        method = own
-    if not method.isidentifier() or not (Path(__file__).parent / f"{method}.py").is_file():
-        fail(f"{name}: needs {method}.py, which is not beside eval.py")
-    script = importlib.import_module(method)
-    names = {f.name for f in dataclasses.fields(script.Config)}
-    for word in args.flags:
-        if word.startswith("--") and re.sub(r"^--(no-)?|=.*$", "", word) not in names:
-            fail(f"{word}: is no flag of eval.py, nor of {method}.py, which decodes {name}")
-    given = {n for n in names for word in args.flags if re.match(rf"--(no-)?{n}(=|$)", word)}
-    for field in sorted(given & ELSEWHERE.keys()):
-        fail(f"--{field}: is no flag of eval.py; {ELSEWHERE[field]}")
-    if saved and "preset" in given:
-        fail(f"--preset: {name} has its own settings; give single flags")
-    for field in sorted(given & script.PLAIN_GRPO.keys() if mode != "trained" else ()):
-        fail(f"--{field}: {name} is decoded in mode {mode}, which decides it")
+    mode = args.mode
+    if mode == "trained" and not saved:
+        mode = "explicit"
+    script, changes = find_script(name, mode, saved)
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    given = check_flags(name, mode, saved, script, fields, args.flags)
+
+    # num_prompts and minibatches are for training; they only have to suit the number of ranks.
+    argv = ["--model", str(path) if saved else name]
+    argv += ["--num_prompts", os.environ.get("WORLD_SIZE", "1")]
+    if "minibatches" in fields:
+        argv += ["--minibatches", "1"]
     preset = saved.get("preset", "auto")
-    # num_prompts and minibatches are for training; they only have to suit the number of ranks
-    one_batch = ["--minibatches", "1"] if "minibatches" in names else []
-    cfg = script.parse_config([
-        "--model", str(path) if saved else name, "--num_prompts", os.environ.get("WORLD_SIZE", "1"),
-        *one_batch,
-        "--preset", preset if preset in (*script.PRESETS, "auto") else "paper", *args.flags])
-    given = {n: getattr(cfg, n) for n in sorted(given)}
-    values = {n: saved[n] for n in names - NOT_SAVED if n in saved}
-    values.update({**(script.PLAIN_GRPO if changes is None else changes), **given, "lora_rank": 0})
+    if preset != "auto" and preset not in script.PRESETS:
+        preset = "paper"
+    cfg = script.parse_config([*argv, "--preset", preset, *args.flags])
+
+    values = {field: saved[field] for field in fields - NOT_SAVED if field in saved}
+    values.update(script.PLAIN_GRPO if changes is None else changes)
+    given = {field: getattr(cfg, field) for field in sorted(given)}
+    values.update(given)
+    values["lora_rank"] = 0  # a checkpoint holds merged weights
     values.setdefault("greedy", cfg.num_samples == 1)
     cfg = dataclasses.replace(cfg, **values)
     if mode == "trained" and dataclasses.replace(cfg, **script.PLAIN_GRPO) == cfg:
         mode = "explicit"  # it was trained so
     return script, cfg, mode, given
+
+
+def find_script(name, mode, saved):
+    """-> the module that decodes, and what the mode changes in its Config (None: PLAIN_GRPO).
+
+    A checkpoint of a fork is decoded by the fork, if that lies beside this file and has the fields
+    that the mode changes.
+    """
+    method, changes = MODES[mode]
+    own = saved.get("method", "hrpo")
+    if not method or changes.keys() <= saved.keys():
+        method = own
+    is_here = method.isidentifier() and (Path(__file__).parent / f"{method}.py").is_file()
+    if not is_here:
+        fail(f"{name}: needs {method}.py, which is not beside eval.py")
+    return importlib.import_module(method), changes
+
+
+def check_flags(name, mode, saved, script, fields, flags):
+    """Names of the Config fields that the flags set; `fail` on flags that make no sense here."""
+    given = set()
+    for flag in (word for word in flags if word.startswith("--")):
+        field = re.sub(r"^--(no-)?|=.*$", "", flag)
+        if field not in fields:
+            fail(f"{flag}: is no flag of eval.py, nor of {script.METHOD}.py, which decodes {name}")
+        given.add(field)
+    for field in sorted(given & ELSEWHERE.keys()):
+        fail(f"--{field}: is no flag of eval.py; {ELSEWHERE[field]}")
+    if saved and "preset" in given:
+        fail(f"--preset: {name} has its own settings; give single flags")
+    if mode != "trained":
+        for field in sorted(given & script.PLAIN_GRPO.keys()):
+            fail(f"--{field}: {name} is decoded in mode {mode}, which decides it")
+    return given
 
 
 def load_policy(script, cfg):
@@ -141,9 +169,11 @@ def numbers(records, num_samples):
     row = summarise(records, num_samples)
     correct = torch.tensor([record["correct"] for record in records]).view(-1, num_samples)
     counts = correct.sum(1).tolist()  # right samples of each problem
-    loose = [answers_equal(extract_answer(r["completion"], r["marker"], flexible=True), r["gold"])
-             for r in records]
-    row["flexible"] = sum(loose) / len(loose)
+    loose = 0
+    for record in records:
+        answer = extract_answer(record["completion"], record["marker"], flexible=True)
+        loose += answers_equal(answer, record["gold"])
+    row["flexible"] = loose / len(records)
     k = 2
     while k <= num_samples:
         row[f"pass@{k}"] = sum(pass_at_k(count, num_samples, k) for count in counts) / len(counts)
@@ -153,14 +183,17 @@ def numbers(records, num_samples):
 
 def describe(name, data, mode, script, given, policy, problems, cfg):
     """What decides a result: the first line of its part file, the first fields of its .json."""
-    asked = repr([(p["prompt_ids"], p["answer"]) for p in problems]).encode()
-    told = ("model", "out_dir", "num_prompts")  # above; of no effect, both
-    return {"model": name, "data": data, "mode": mode, "script": script.METHOD, "given": given,
-            "train_seed": checkpoint_settings(cfg.model).get("seed"),
-            "model_sha": weights_fingerprint(policy), "n": len(problems),
-            "data_sha": hashlib.sha256(asked).hexdigest()[:16], "torch": torch.__version__,
-            "seed": cfg.seed, "ranks_with_noise": 0 if cfg.greedy else dist.get_world_size(),
-            **{f"--{field}": v for field, v in vars(cfg).items() if field not in told}}
+    asked = repr([(problem["prompt_ids"], problem["answer"]) for problem in problems])
+    header = {
+        "model": name, "data": data, "mode": mode, "script": script.METHOD, "given": given,
+        "train_seed": checkpoint_settings(cfg.model).get("seed"),
+        "model_sha": weights_fingerprint(policy), "n": len(problems),
+        "data_sha": hashlib.sha256(asked.encode()).hexdigest()[:16], "torch": torch.__version__,
+        "seed": cfg.seed, "ranks_with_noise": 0 if cfg.greedy else dist.get_world_size()}
+    for field, value in vars(cfg).items():
+        if field not in ("model", "out_dir", "num_prompts"):  # told above; of no effect, both
+            header[f"--{field}"] = value
+    return header
 
 
 def open_results(stem, header, places, size):
@@ -170,30 +203,42 @@ def open_results(stem, header, places, size):
     follows the last complete chunk, say a torn line, is cut off the part file.
     """
     done, part = Path(f"{stem}.json"), Path(f"{stem}.part.jsonl")
-    lines = re.findall(rb".*\n", part.read_bytes()) if part.exists() else []
+    lines = []
+    if part.exists():
+        lines = re.findall(rb".*\n", part.read_bytes())  # a last line without its end is torn
     if not done.exists() and not lines:
         part.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
+    file = done if done.exists() else part
     saved = read_rows(done)[0] if done.exists() else json.loads(lines[0])
     for key, value in header.items():
         if saved.get(key) != value:
-            return (f"{done if done.exists() else part}: is another evaluation, {key} "
-                    f"{saved.get(key)!r} there and {value!r} here; name another --out")
+            return (f"{file}: is another evaluation, {key} {saved.get(key)!r} there and {value!r} "
+                    "here; name another --out")
     if done.exists():
         print(f"{done}: complete, not decoded again", flush=True)
         return saved
+
     records = [json.loads(line) for line in lines[1:]]
-    good = [(r["index"], r["sample"]) == place for r, place in zip(records, places)]
-    count = [*good, False].index(False)
-    count -= count % size if count < len(places) else 0
-    os.truncate(part, sum(map(len, lines[: 1 + count])))
+    count = 0  # records that stand where they belong
+    while count < min(len(records), len(places)):
+        record = records[count]
+        if (record["index"], record["sample"]) != places[count]:
+            break
+        count += 1
+    if count < len(places):
+        count -= count % size
+    kept = lines[: 1 + count]
+    os.truncate(part, sum(len(line) for line in kept))
     print(f"{part}: goes on after {count} of {len(places)} completions", flush=True)
     return records[:count]
 
 
 def write_results(stem, row, records):
     """<model>.<data>.<mode>.<flags>.jsonl with every completion; then .json with the numbers."""
-    for end, texts in (("jsonl", map(json.dumps, records)), ("json", [json.dumps(row, indent=1)])):
+    lines = [json.dumps(record) for record in records]
+    files = {"jsonl": lines, "json": [json.dumps(row, indent=1)]}
+    for end, texts in files.items():
         partial = Path(f"{stem}.{end}.partial")
         partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         partial.replace(f"{stem}.{end}")
@@ -207,9 +252,12 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
     are decoded together as in one call; its noise is a function of (seed, data, start, rank).
     """
     order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]))
-    rank, world_size, samples = dist.get_rank(), dist.get_world_size(), cfg.num_samples
-    # one batch if alone; ranks wait for each other after a chunk, which 8 batches make cheap
-    size, held = cfg.eval_batch * (8 * world_size if world_size > 1 else 1), [[]]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    samples = cfg.num_samples
+    size = cfg.eval_batch  # problems in a chunk
+    if world_size > 1:  # ranks wait for each other after a chunk, which 8 batches make cheap
+        size *= 8 * world_size
+    held = [[]]
     if stem and rank == 0:
         if not Path(f"{stem}.json").exists():  # locked: two programs would mix their lines
             part = lock_file(f"--out {stem}", Path(f"{stem}.part.jsonl"))
@@ -222,18 +270,21 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
         fail(records)
     if isinstance(records, dict):
         return records
+
     for start in range(len(records) // samples, len(order), size):
         chosen = order[start : start + size]
+        asked = [problems[i] for i in chosen]
         rng = make_rng(policy.table.weight.device, cfg.seed, "eval", header["data"], start, rank)
-        found = script.evaluate(policy, tokenizer, [problems[i] for i in chosen], cfg, rng)
+        found = script.evaluate(policy, tokenizer, asked, cfg, rng)
         if stop_agreed():
             return None
-        records += [{**r, "index": chosen[r["index"]], "marker": cfg.answer_marker}
-                    for r in found["records"]]
+        chunk = [{**record, "index": chosen[record["index"]], "marker": cfg.answer_marker}
+                 for record in found["records"]]
+        records += chunk
         if stem and rank == 0:
-            part.writelines(json.dumps(r) + "\n" for r in records[start * samples :])
+            part.writelines(json.dumps(record) + "\n" for record in chunk)
             part.flush()
-    records.sort(key=lambda r: (r["index"], r["sample"]))
+    records.sort(key=lambda record: (record["index"], record["sample"]))
     row = {**header, **numbers(records, samples)}
     if stem and rank == 0:
         write_results(stem, row, records)
@@ -247,24 +298,39 @@ def group(row):
     """Row that --out wrote -> (model without the seed at its end, mode and flags), data, seed."""
     seed = row.get("train_seed", r"\d+")  # the 32 of grpo-tau-32 is none
     parts = re.fullmatch(rf"(.+?)-s?({seed})((/step_\d+)?(/hf)?)/*", row["model"])
-    model, seed = (parts[1] + parts[3], parts[2]) if parts else (row["model"], "none")
-    flags = [f"{k}={v}" for k, v in row["given"].items() if k != "eval_batch"]
-    return " ".join([model, *[row["mode"]] * (row["mode"] != "trained"), *flags]), row["data"], seed
+    words, seed = [row["model"]], "none"
+    if parts:
+        words, seed = [parts[1] + parts[3]], parts[2]
+    if row["mode"] != "trained":
+        words.append(row["mode"])
+    for key, value in row["given"].items():
+        if key != "eval_batch":
+            words.append(f"{key}={value}")
+    return " ".join(words), row["data"], seed
 
 
 def print_table(groups):
     """Markdown table of {(model, data): rows that differ in their seed}."""
-    names = {name for rows in groups.values() for name in rows[0] if name.startswith("pass@")}
-    columns = ["accuracy", *sorted(names, key=lambda name: int(name[5:])), *COLUMNS]
-    lines = [["model", "data", "n", "seeds", *(name.replace("_", " ") for name in columns)]]
+    passes = {name for rows in groups.values() for name in rows[0] if name.startswith("pass@")}
+    passes = sorted(passes, key=lambda name: int(name.removeprefix("pass@")))
+    columns = ["accuracy", *passes, *COLUMNS]
+    titles = [name.replace("_", " ") for name in columns]
+    lines = [["model", "data", "n", "seeds", *titles]]
     for (model, data), rows in groups.items():
-        means = [f"{mean(rows, c):.3f}" if all(c in row for row in rows) else "" for c in columns]
-        scores, error = [row["accuracy"] for row in rows], rows[0]["stderr"]
-        means[0] += f" ± {statistics.stdev(scores) if len(rows) > 1 else error:.3f}"
-        lines.append([model.replace("|", r"\|"), data, f"{rows[0]['n']}", f"{len(rows)}", *means])
+        cells = []
+        for column in columns:
+            known = all(column in row for row in rows)
+            cells.append(f"{mean(rows, column):.3f}" if known else "")
+        error = rows[0]["stderr"]
+        if len(rows) > 1:
+            error = statistics.stdev(row["accuracy"] for row in rows)
+        cells[0] += f" ± {error:.3f}"
+        lines.append([model.replace("|", r"\|"), data, f"{rows[0]['n']}", f"{len(rows)}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
-        print("|", " | ".join(map(str.ljust, line, widths)), "|")
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        print("|", " | ".join(padded), "|")
     print("\naccuracy ± sample std over seeds, or, of one seed, ± standard error over n problems")
 
 
@@ -273,14 +339,15 @@ def table(files):
     groups = {}
     if not files:
         fail("--table: name .json files that --out wrote")
-    for file, row in ((name, row) for name in files for row in read_rows(name)):
-        if not {"model", "data", "mode", "given", "accuracy", "stderr", "n"} <= row.keys():
-            fail(f"{file}: is no .json that --out wrote")
-        *key, seed = group(row)
-        rows = groups.setdefault(tuple(key), {})
-        if seed in rows or any(row["n"] != other["n"] for other in rows.values()):
-            fail(f"{file}: {' on '.join(key)} is there with seed {seed}, or with another n")
-        rows[seed] = row
+    for file in files:
+        for row in read_rows(file):
+            if not {"model", "data", "mode", "given", "accuracy", "stderr", "n"} <= row.keys():
+                fail(f"{file}: is no .json that --out wrote")
+            model, data, seed = group(row)
+            rows = groups.setdefault((model, data), {})
+            if seed in rows or any(row["n"] != other["n"] for other in rows.values()):
+                fail(f"{file}: {model} on {data} is there with seed {seed}, or with another n")
+            rows[seed] = row
     print_table({key: [*rows.values()] for key, rows in groups.items()})
 
 
@@ -297,7 +364,7 @@ def read_rows(file):
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",  # Okabe-Ito
            "#999999", "#6A3D9A", "#8C564B")
-MARKERS = "os^Dv*X"  # a second way to tell curves apart; the next line style after ten
+MARKERS = "os^Dv*X"  # a second way to tell curves apart; after ten comes the next line style
 
 
 def read_curve(folder, y, suffix=""):
@@ -306,59 +373,97 @@ def read_curve(folder, y, suffix=""):
     if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
         fail(f"{folder}: is not a run folder; it lacks config.json or metrics.jsonl")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    text = (path / "metrics.jsonl").read_text(encoding="utf-8")  # a live run's ends in half a line
-    rows = [json.loads(line) for line in re.findall(r".*\n", text)]
-    kind = "eval" if any(y in row for row in rows if row["kind"] == "eval") else "train"
-    points = [(row["step"], float(f"{row[y]:.6g}")) for row in rows
-              if row["kind"] == kind and isinstance(row.get(y), int | float)]
+    text = (path / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in re.findall(r".*\n", text)]  # a live run's ends in a half
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    kind = "eval" if any(y in row for row in evaluations) else "train"
+    points = {}
+    for row in rows:
+        if row["kind"] == kind and isinstance(row.get(y), int | float):
+            points[row["step"]] = float(f"{row[y]:.6g}")
     if not points:
-        numbers = {k for row in rows for k, v in row.items() if isinstance(v, int | float)}
-        fail(f"{folder}: has no {y}; it has {', '.join(sorted(numbers - {'step'}))}")
+        numeric = {k for row in rows for k, v in row.items() if isinstance(v, int | float)}
+        fail(f"{folder}: has no {y}; it has {', '.join(sorted(numeric - {'step'}))}")
     name, seed = path.resolve().name, config["seed"]
-    return {"run": name, "label": re.sub(rf"-s?{seed}$", "", name) + suffix, "seed": seed,
-            "method": config["method"], "steps": [s for s, _ in points],
-            "values": [v for _, v in points]}
+    label = re.sub(rf"-s?{seed}$", "", name) + suffix
+    return {"run": name, "label": label, "seed": seed, "method": config["method"],
+            "steps": [*points], "values": [*points.values()]}
 
 
 def result_curve(file, row, y, x):
     """Row that --out wrote -> the same: pass@k over k = 1, 2, 4, ... or, with x, a single point."""
-    found = {k: float(f"{row[k]:.6g}") for k in row if type(row[k]) in (int, float)}
-    for name in {x, y} - found.keys() if x else ():
-        fail(f"{file}: has no {name}; it has {', '.join(k for k in sorted(found) if k[0] != '-')}")
+    found = {}
+    for key, value in row.items():
+        if type(value) in (int, float):
+            found[key] = float(f"{value:.6g}")
     if x:
+        for name in {x, y} - found.keys():
+            known = [key for key in sorted(found) if not key.startswith("-")]
+            fail(f"{file}: has no {name}; it has {', '.join(known)}")
         model, data, seed = group(row)
         name = model.removeprefix(f"{Path(row['model']).parent}/")
-        label, points = f"{name}, {data}", {found[x]: found[y]}
+        label = f"{name}, {data}"
+        points = {found[x]: found[y]}
     else:
-        given = {k: v for k, v in row["given"].items() if k not in ("num_samples", "eval_batch")}
-        name, seed = Path(row["model"]).name, row["seed"]
-        label = " ".join([name, *(f"{k}={v}" for k, v in given.items())])
-        passes = {int(k[5:]): v for k, v in found.items() if k[:5] == "pass@"}
-        points = {1: found["accuracy"], **passes}
+        seed = row["seed"]
+        words = [Path(row["model"]).name]
+        for key, value in row["given"].items():
+            if key not in ("num_samples", "eval_batch"):
+                words.append(f"{key}={value}")
+        label = " ".join(words)
+        points = {1: found["accuracy"]}
+        for key, value in found.items():
+            if key.startswith("pass@"):
+                points[int(key.removeprefix("pass@"))] = value
     return {"run": row["model"], "label": label, "seed": seed, "method": row["script"],
             "steps": [*points], "values": [*points.values()]}
+
+
+def read_figure(source, y, x):
+    """Run folder, .json of a figure or of --out -> {"y", "x", "runs"}; y "" = accuracy."""
+    if not source.endswith(".json"):
+        names = y.split(",")
+        curves = [read_curve(source, name, f" {name}" * (len(names) > 1)) for name in names]
+        return {"y": y, "runs": curves}
+    figure = read_rows(source)[0]
+    if "given" in figure:
+        curve = result_curve(source, figure, y, x)
+        return {"y": y if x else "pass@k", "x": x, "runs": [curve]}
+    return figure
 
 
 def read_curves(sources, y, x=""):
     """Run folders, .json files of figures or of --out -> (y, curves, x); x "" = steps or k."""
     runs = []
     for source in sorted(sources, key=lambda source: not source.endswith(".json")):
-        metric = y or "accuracy"
-        if not source.endswith(".json"):
-            found = [(name, f" {name}" * ("," in metric)) for name in metric.split(",")]
-            figure = {"y": metric, "runs": [read_curve(source, *pair) for pair in found]}
-        elif "given" in (figure := read_rows(source)[0]):
-            curve = result_curve(source, figure, metric, x)
-            figure = {"y": metric if x else "pass@k", "x": x, "runs": [curve]}
+        figure = read_figure(source, y or "accuracy", x)
         if not runs:  # the first one decides what was not asked for
-            y, x = y or figure.get("y", ""), x or figure.get("x", "")
+            y = y or figure.get("y", "")
+            x = x or figure.get("x", "")
         if "runs" not in figure or (figure["y"], figure.get("x", "")) != (y, x):
             fail(f"{source}: does not hold curves{y and f' of {y}'}{x and f' over {x}'}")
         runs += figure["runs"]
     names = [(run["label"], run["seed"]) for run in runs]
-    for label, seed in (name for name in names if names.count(name) > 1):
-        fail(f"{label}, seed {seed}: is there twice; rename one run folder")
+    for label, seed in names:
+        if names.count((label, seed)) > 1:
+            fail(f"{label}, seed {seed}: is there twice; rename one run folder")
     return y, runs, x
+
+
+def seed_range(runs, label, x):
+    """Curves of a label -> the steps that all its seeds have, and the values of the seeds there.
+
+    With x a seed is one point; all are drawn at the mean of their places.
+    """
+    curves = [dict(zip(run["steps"], run["values"])) for run in runs if run["label"] == label]
+    if x:
+        places = [step for curve in curves for step in curve]
+        middle = sum(places) / len(places)
+        curves = [{middle: value} for curve in curves for value in curve.values()]
+    steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
+        fail(f"{label}: its seeds have no step in common")
+    return steps, [[curve[step] for curve in curves] for step in steps]
 
 
 def draw_curves(y, runs, file, x=""):
@@ -368,29 +473,28 @@ def draw_curves(y, runs, file, x=""):
     except ImportError:
         fail("plot needs matplotlib: pip install matplotlib")
     labels = list(dict.fromkeys(run["label"] for run in runs))
+    data = {label.rpartition(", ")[2] for label in labels}  # with x, a label ends in the data set
     many = len(labels) > 9  # their legend stands beside the axes
     figure = Figure(figsize=(9 if many else 6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(axisbelow=True)
-    data = {label.rpartition(", ")[2] for label in labels}  # after the model, where x is given
     for number, label in enumerate(labels):
-        curves = [dict(zip(r["steps"], r["values"])) for r in runs if r["label"] == label]
-        if x:
-            middle = sum(step for curve in curves for step in curve) / len(curves)
-            curves = [{middle: value} for curve in curves for value in curve.values()]
-        steps = sorted(set.intersection(*map(set, curves)))
-        if not steps:
-            fail(f"{label}: its seeds have no step in common")
-        values = [[curve[step] for curve in curves] for step in steps]
-        colour = COLOURS[number % 10]
-        style = "" if x else ("-", "--", ":")[number // 10 % 3]
-        label = label.rpartition(", ")[0] if x and len(data) == 1 else label
-        label += f" ({len(curves)} seed{'s' * (len(curves) > 1)})" if y != "pass@k" else ""
-        axes.plot(steps, [sum(v) / len(v) for v in values], style, color=colour, lw=1.8, ms=5,
-                  marker=MARKERS[(number + number // 7) % 7], label=label,
+        steps, values = seed_range(runs, label, x)
+        colour = COLOURS[number % len(COLOURS)]
+        style = "" if x else ("-", "--", ":")[number // len(COLOURS) % 3]
+        marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
+        seeds = len(values[0])
+        text = label.rpartition(", ")[0] if x and len(data) == 1 else label
+        if y != "pass@k":
+            text += f" ({seeds} seed{'s' * (seeds > 1)})"
+        middles = [sum(at_step) / seeds for at_step in values]
+        axes.plot(steps, middles, style, color=colour, lw=1.8, ms=5, marker=marker, label=text,
                   markevery=max(1, len(steps) // 12))
-        if len(curves) > 1:  # a polygon of no width still has an edge
-            axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour,
+        if seeds > 1:
+            lows = [min(at_step) for at_step in values]
+            highs = [max(at_step) for at_step in values]
+            axes.fill_between(steps, lows, highs, color=colour,  # of no width, with x: its edge
                               alpha=0.5 if x else 0.18, linewidth=2 if x else 0)
+
     steps = "training step" if y != "pass@k" else "k, samples per problem"
     axes.set_xlabel(x.replace("_", " ") or steps, fontsize=12)
     axes.set_ylabel(y.replace("_", " ").replace(",", ", "), fontsize=12)
@@ -401,11 +505,13 @@ def draw_curves(y, runs, file, x=""):
     axes.tick_params(labelsize=11)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    title = f"mean over seeds; {'bar' if x else 'band'}: lowest to highest"
+    title = None
+    if len(labels) < len(runs):
+        title = f"mean over seeds; {'bar' if x else 'band'}: lowest to highest"
+    widest = max(len(label) for label in labels)
+    columns = 1 if many else max(1, min(3, 70 // (widest + 9)))
     figure.legend(loc="outside right upper" if many else "outside upper center", fontsize=10,
-                  frameon=False, title_fontsize=9,
-                  ncols=1 if many else max(1, min(3, 70 // (max(map(len, labels)) + 9))),
-                  title=title if len(labels) < len(runs) else None)
+                  frameon=False, title=title, title_fontsize=9, ncols=columns)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -427,8 +533,11 @@ def plot(argv):
         fail(f"{data}: exists and does not belong to a figure; give another --out")
     y, runs, x = read_curves(args.runs, args.y, args.x)
     draw_curves(y, runs, file, x)
-    text = json.dumps({"y": y, **({"x": x} if x else {}), "runs": runs})  # then: a line for a run
-    data.write_text(text.replace('{"run": ', '\n{"run": ') + "\n", encoding="utf-8")
+    values = {"y": y, "x": x, "runs": runs}
+    if not x:
+        del values["x"]
+    text = json.dumps(values).replace('{"run": ', '\n{"run": ')  # a line for each run
+    data.write_text(text + "\n", encoding="utf-8")
     print(f"{len(runs)} runs: {args.out}, {data}")
 
 
@@ -444,10 +553,13 @@ def main(argv=None):
     if args.out:
         check_writable(f"--out {args.out}", Path(args.out))
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
-    saved = [checkpoint_settings(model_folder(name)) for name in args.models]
-    own = [s.get("eval_data") or s["train"] for s in saved if s] or ["arithmetic"]
-    names = (args.data or own[0]).split(",")  # by default what the first checkpoint was trained on
+    names = args.data.split(",")
+    if not args.data:  # what the first checkpoint was trained on
+        saved = [checkpoint_settings(model_folder(name)) for name in args.models]
+        own = [settings.get("eval_data") or settings["train"] for settings in saved if settings]
+        names = own[:1] or ["arithmetic"]
     sets = {name: load_problems(name, "test", args.limit) for name in names if name}
+
     rows = []
     for name, (script, cfg, mode, given) in zip(args.models, asked):
         policy = tokenizer = None  # frees the model before
@@ -455,14 +567,20 @@ def main(argv=None):
         for data, problems in sets.items():
             encoded = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
             header = describe(name, data, mode, script, given, policy, encoded, cfg)
-            parts = [name.strip("/"), data, mode, *(f"{k}={v}" for k, v in given.items())]
-            stem = args.out and Path(args.out, re.sub(r"[^\w.=-]+", "-", ".".join(parts)))
+            stem = ""
+            if args.out:
+                parts = [name.strip("/"), data, mode, *(f"{k}={v}" for k, v in given.items())]
+                stem = Path(args.out, re.sub(r"[^\w.=-]+", "-", ".".join(parts)))
             rows.append(evaluate(script, policy, tokenizer, encoded, cfg, header, stem))
             if stop_agreed():
-                how = "; the same command goes on from there" * bool(args.out)
+                how = "; the same command goes on from there" if args.out else ""
                 raise SystemExit(1 if dist.get_rank() else f"stopped at {name} on {data}{how}")
     if dist.get_rank() == 0:
-        print_table({group({**row, "train_seed": None})[:2]: [row] for row in rows})
+        groups = {}
+        for row in rows:  # one model each, so a seed in its name stays
+            model, data, _ = group({**row, "train_seed": None})
+            groups[model, data] = [row]
+        print_table(groups)
     return rows
 
 

@@ -1176,6 +1176,17 @@ def gather(values):
     return sum(parts, [])
 
 
+def check_ranks(settings, resumed):
+    """`fail` on all ranks where they disagree on flags, weights, data or the step to go on from."""
+    mine = {"resumed step": checkpoint_step(resumed) if resumed else 0, **settings}
+    everyone = gather([mine])
+    for name in mine:
+        values = [other[name] for other in everyone]
+        if values != values[:1] * len(values):
+            fail(f"{name} differs between ranks: {', '.join(map(str, values))}; all need the same "
+                 "flags, model and data, and one run folder that all machines can read")
+
+
 # ---- one step: its problems, its numbers ---------------------------------------------------------
 
 
@@ -1332,7 +1343,9 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
     partial = folder.with_name(folder.name + ".partial")
     hf, latent = partial / "hf", partial / "hf" / "latent"
     if folder.exists():
-        return True  # a stop signal just after the periodic save
+        if checkpoint_step(folder) == state["step"]:
+            return True  # a stop signal just after the periodic save
+        set_aside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     own = {k: v.contiguous() for k, v in policy.state_dict().items()
            if not k.startswith(("lm.", "table."))}
@@ -1342,7 +1355,8 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         policy.lm.save_pretrained(hf, state_dict=merged_state_dict(policy.lm))
         tokenizer.save_pretrained(hf)
         save_file(own, latent / "method.safetensors")
-        (latent / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        told = json.dumps({**settings, "step": state["step"]}, indent=1)
+        (latent / "config.json").write_text(told, encoding="utf-8")
         torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
                    partial / "trainer.pt")
         umask = os.umask(0)
@@ -1400,11 +1414,16 @@ def fsync(path):
 def step_folders(out_dir):
     """Checkpoint folders of a run, oldest first, valid or not."""
     found = [p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_[0-9]{6,}", p.name)]
-    return sorted(found, key=checkpoint_step)
+    return sorted(found, key=lambda folder: (checkpoint_step(folder), folder.name))
 
 
 def checkpoint_step(folder):
-    return int(folder.name.removeprefix("step_"))
+    """The step that a checkpoint holds; its name, which anybody can change, if it does not say."""
+    try:
+        settings = json.loads((folder / "hf" / "latent" / "config.json").read_text("utf-8"))
+        return settings["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return int(folder.name.removeprefix("step_"))
 
 
 def checkpoint_defect(folder):
@@ -1418,17 +1437,22 @@ def checkpoint_defect(folder):
     return f"{wrong[0]} differs from its sha256" if wrong else ""
 
 
-def latest_checkpoint(out_dir, set_aside=False):
+def latest_checkpoint(out_dir, clean=False):
     """Newest checkpoint that matches its manifest, or None. Names, or sets aside, what it skips."""
     for folder in reversed(step_folders(out_dir)):
         defect = checkpoint_defect(folder)
         if not defect:
             return folder
-        if set_aside:
-            folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.invalid"))
+        if clean:
+            set_aside(folder)
         else:
             warn(f"skipping checkpoint {folder}: {defect}")
     return None
+
+
+def set_aside(folder):
+    """Rename a folder that must not be taken for a checkpoint."""
+    folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.invalid"))
 
 
 def find_resume(out_dir, resume, settings, free):
@@ -1502,29 +1526,32 @@ def lock_file(flag, path):
 
 def open_run(out_dir, settings, script, resumed_step):
     """Rank 0: record settings and source, drop rows that will be written again."""
-    (out_dir / "code").mkdir(parents=True, exist_ok=True)
-    latest_checkpoint(out_dir, set_aside=True)
-    for partial in out_dir.glob("step_*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    for source in (script, __file__):
-        shutil.copy(source, out_dir / "code" / Path(source).name)
-    record = {**settings, "argv": sys.argv, "torch": torch.__version__}
-    (out_dir / "config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        partial = path.with_suffix(".partial")
-        kept = [line for line in lines if keep_row(line, resumed_step)]
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+    record = json.dumps({**settings, "argv": sys.argv, "torch": torch.__version__}, indent=1)
+    try:
+        (out_dir / "code").mkdir(parents=True, exist_ok=True)
+        latest_checkpoint(out_dir, clean=True)
+        for partial in out_dir.glob("step_*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for source in (script, __file__):
+            shutil.copy(source, out_dir / "code" / Path(source).name)
+        (out_dir / "config.json").write_text(record, encoding="utf-8")
+        for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [f"{line}\n" for line in lines if keep_row(line, resumed_step)]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+    except OSError as error:
+        fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
 
 
 def keep_row(line, step):
     """Is this row one that a run resumed at `step` does not write again? (Half a line is not.)"""
     try:
         row = json.loads(line)
-    except ValueError:
+        return row["step"] < step or (row["step"] == step and row["kind"] == "train")
+    except (ValueError, TypeError, KeyError):
         return False
-    return row["step"] < step or (row["step"] == step and row["kind"] == "train")
 
 
 def log_rows(out_dir, metrics, records):

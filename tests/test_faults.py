@@ -206,3 +206,33 @@ def test_a_renamed_checkpoint_is_refused_in_one_line(method, model, run, capsys)
     (run / "step_000004").rename(run / "best")
     shutil.rmtree(run / "step_000002")
     assert train(method, flags(model, run, f"--resume {run / 'best'}")) == 2
+
+
+def test_a_checkpoint_under_the_name_of_a_later_step_counts_as_what_it_holds(method, model, run):
+    """Else the run would stop at the false name, believing that it has this step already."""
+    whole = rows(run, "train")
+    shutil.rmtree(run / "step_000004")
+    (run / "step_000002").rename(run / "step_000004")
+    assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
+    assert rows(run, "train") == whole
+    assert common.checkpoint_step(run / "step_000004") == 4
+    assert len([*run.glob("step_000004.*.invalid")]) == 1
+
+
+def test_a_metrics_file_with_lines_that_are_no_rows_is_cleaned(method, model, run):
+    whole = rows(run, "train")
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('[1, 2]\n7\nnull\n{"step": "x", "kind": "train"}\n{"kind": "train"}\n')
+    assert isinstance(train(method, flags(model, run, "--resume auto")), dict)
+    assert rows(run, "train") == whole
+
+
+def test_a_disk_that_is_full_at_the_start_ends_in_one_line(
+        method, model, tmp_path, monkeypatch, capsys):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy", full)
+    assert train(method, flags(model, tmp_path / "run")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --out_dir") and "No space left" in line

@@ -1,6 +1,11 @@
 """A stopped and resumed run is the uninterrupted run, bit for bit; its files load elsewhere."""
 
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -222,3 +227,44 @@ def test_a_dry_run_writes_nothing(method, model, tmp_path, monkeypatch, capsys):
         assert "peak memory" in capsys.readouterr().out
     assert len(draws) == 2  # groups of equal rewards draw no more
     assert tree(tmp_path) == before
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_without_one_run_folder_are_refused(model, tmp_path):
+    """Each node has its own `run`: rank 0 would go on from step 2 and rank 1 start anew."""
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        node.mkdir()
+    argv = flags(model, "run", "--eval_limit 2")
+    begun = launch(ROOT / "hrpo.py", [*flags(model, nodes[0] / "run", "--eval_limit 2"),
+                                      "--stop_after", "2"], tmp_path / "log", ranks=2)
+    assert begun.wait(120) == 0, (tmp_path / "log").read_text()
+    port, jobs = free_port(), []
+    for number, node in enumerate(nodes):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node",
+                   "1", f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}",
+                   str(ROOT / "hrpo.py"), *argv, "--resume", "auto"]
+        with open(node / "log", "w") as log:
+            jobs.append(subprocess.Popen(command, cwd=node, stdout=log, stderr=log, env={
+                **os.environ, "OMP_NUM_THREADS": "1"}))
+    assert [job.wait(120) != 0 for job in jobs] == [True, True]
+    for node in nodes:
+        error, = re.findall("^error: .*", (node / "log").read_text(), re.M)
+        assert "resumed step differs between ranks: 2, 0" in error and "one run folder" in error
+    assert len(rows(nodes[0] / "run", "train")) == 2 and not [*nodes[1].glob("run/step_*")]
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.5), ("model_sha", "other"), ("data_sha", "x")])
+def test_ranks_with_other_flags_weights_or_data_are_refused(monkeypatch, capsys, name, value):
+    settings = {"lr": 0.1, "model_sha": "a", "data_sha": "b"}
+    common.check_ranks(settings, None)
+    monkeypatch.setattr(common, "gather", lambda mine: [*mine, {**mine[0], name: value}])
+    with pytest.raises(SystemExit) as stop:
+        common.check_ranks(settings, None)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"{name} differs between ranks: {settings[name]}" in line

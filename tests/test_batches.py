@@ -5,7 +5,8 @@ import torch
 from conftest import METHODS
 from test_replay import EOS, PROMPTS, build, draw, gradients, score
 
-from common import join_batches, left_pad, micro_batches, select_rows
+from common import left_pad, micro_batches, select_rows
+from latent_grpo import join_batches
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,26 +8,20 @@ GRPO +   1. the K perturbed scores have a likelihood: a ratio for each latent st
          2. noise is shifted above 0, so that an advantage has one sign on all K    one_sided_noise
          3. completions cut off at the limit are left out of the advantages        valid_advantages
          4. one completion of a group, a right one, trains the first step        first_token_winner
-Start    a model that can think in mixtures (Latent-SFT): supervised stage, section 2b   latent_sft
-Words    ids shown at latent steps have the best score; d = score - log-prob is a margin.
-Differs  labels are chunks of a written chain instead of a learned encoder's: docs/latent_grpo.md.
+Start    a model that can think in mixtures (Latent-SFT): supervised stage, section 2b     sft_step
+Words    A score is a log-prob plus noise. Their difference d is the margin. A thought is the latent
+         steps of a completion; each of them shows the id of its best score, for the reader only.
+Differs  Labels are chunks of a written chain, not a learned encoder's: docs/latent_grpo.md.
 Run      python latent_grpo.py                      # both stages, tiny model, two CPU cores
-         python latent_grpo.py --stage sft          # the start alone: --stage rl --model goes on
+         python latent_grpo.py --stage sft          # the start alone; then --stage rl --model RUN
          python latent_grpo.py --preset soft_grpo   # two-sided noise, no masks: the baseline
          python latent_grpo.py --no-latent          # the explicit baseline: written chains, GRPO
 """
 
-import argparse
 import dataclasses
-import hashlib
-import inspect
 import math
 import os
-import re
-import signal
 import time
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,16 +29,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from common import (
-    autocast, candidate_scores, checkpoint_settings, completion_hidden, completion_logprobs,
-    encode_prompts, fail, find_resume, frozen_copy, grade, gumbel_like, join_batches,
-    latest_checkpoint, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method,
-    load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, mean,
-    micro_batches, open_run, peak_memory, run_program, save_checkpoint, select_rows,
-    top_k_mixture, warn, weights_fingerprint)
+    Progress, add_up, all_reduce, autocast, candidate_scores, combine, completion_hidden,
+    completion_logprobs, encode_prompts, fail, find_resume, fingerprint, frozen_copy, gather, grade,
+    gumbel_like, largest, latest_checkpoint, left_pad, lm_hidden, lm_logits, load_checkpoint,
+    load_method, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima,
+    means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
+    resolve_config, run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed,
+    stop_requested, summarise, top_k_mixture, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -53,343 +47,377 @@ METHOD = Path(__file__).stem
 
 @dataclasses.dataclass
 class Config:
-    """Every setting; each is a command-line flag of the same name."""
+    """Every setting; each is a command-line flag of the same name. The values train `tiny`."""
 
-    # model and data
+    # model, data, length of the run
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
-    train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
+    preset: str = "auto"  # where values start: tiny (as here) or another of PRESETS; auto: by model
+    train: str = "arithmetic-verbose"  # problems: arithmetic, gsm8k, a file, hub:OWNER/REPO/F
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
-    answer_marker: str = "auto"  # text that ends the thinking and opens the answer
-    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    answer_marker: str = "</think>"  # text that ends the thinking and opens the answer
+    steps: int = 100  # rollouts, each followed by its updates
     seed: int = 0  # all randomness is a function of it, the step and the rank
+    # rollout and update
+    num_prompts: int = 32  # problems in a step, over all ranks
+    group_size: int = 8  # completions per problem, G
+    max_extra_rollouts: int = 0  # further draws in a step, to replace groups of equal rewards
+    max_prompt_length: int = 128  # tokens; longer prompts are dropped and counted
+    max_completion_length: int = 32  # tokens, latent steps included
+    temperature: float = 1.0  # of sampling, > 0
+    top_k: int = 0  # sample among the k likeliest ids; 0 = all
+    top_p: float = 1.0  # then in this nucleus; 1 = off
+    lr: float = 5e-5  # AdamW learning rate of the language model
+    clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
+    update_epochs: int = 1  # passes over a rollout
+    minibatches: int = 1  # updates in a pass
+    kl_coef: float = 0.1  # weight of the KL term, beta; 0 loads no reference
+    # the method
+    stage: str = "all"  # sft: the supervised start, rl: from --model as it is, all: both [ours]
+    latent: bool = True  # think in mixtures; off: written chains and plain GRPO [sec. 5]
+    latent_top_k: int = 2  # embeddings in a mixture, K [eq. 1, code]
+    latent_top_p: float = 0.95  # noise may bring in ids of this nucleus [code]
+    latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
+    noise_scale: float = 0.5  # factor of the Gumbel noise, lambda [code]
+    latent_end: str = "either"  # a thought ends if the clean, perturbed or either best is [code]
+    one_sided: bool = True  # shift the noise above 0 [eq. 12]
+    ste: str = "paper"  # slope past the score: paper, released or none; with --one_sided [eq. 16]
+    mask_invalid: bool = True  # leave cut-off completions out of the advantages [eq. 9-11]
+    first_token_selection: bool = True  # one right completion trains the first step [eq. 18-21]
+    # a decoding mode, not a method to train: eval.py --mode floor
+    floor: bool = False  # the marker is given at once: what is known without a thought [ours]
+    # the supervised stage
+    sft_steps: int = 800  # updates [ours]
+    sft_batch: int = 64  # demonstrations in an update, over all ranks [code]
+    sft_lr: float = 2e-3  # learning rate; cosine after 5 % warm-up [code]
+    sft_noise: float = 1.0  # factor of the Gumbel noise of labels, which are the inputs too [code]
+    chunk: int = 2  # ids of the chain in a latent step; two of digits never share one [ours]
+    cot_steps: int = 0  # first updates, which learn the written chain, id by id, no noise [ours]
+    sft_save_every: int = 200  # updates between checkpoints [ours]
+    check_start: bool = True  # before --stage rl, measure what the start can do [ours]
+    # optimizer and memory
+    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
+    weight_decay: float = 0.0  # of matrices and gates, decoupled
+    warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
+    max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
+    lora_rank: int = 0  # 0 = full fine-tuning; alpha = 2 x rank
+    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
+    micro_batch: int = 64  # sequences in one forward pass on one rank
+    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
+    share_prompts: bool = False  # in updates, encode each prompt once for its whole group
+    # evaluation
+    eval_every: int = 20  # steps; also before the first and after the last
+    eval_limit: int = 1024  # problems; 0 = all
+    eval_batch: int = 1024  # problems decoded together on one rank
+    num_samples: int = 1  # completions per evaluation problem
+    greedy: bool = True  # evaluate with argmax instead of sampling
+    # the run
+    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    save_every: int = 50  # steps between checkpoints; one is also written at the end
+    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
+    resume: str = ""  # auto goes on from the newest valid checkpoint in --out_dir; or its path
+    stop_after: int = 0  # save and stop after this step, as on a signal; 0 = off
     device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
     dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
     deterministic: bool = False  # torch.use_deterministic_algorithms
-    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
-    # rollout
-    steps: int = "auto"  # rollout phases, each followed by its updates
-    num_prompts: int = "auto"  # problems in a step, over all ranks
-    group_size: int = "auto"  # completions per problem, G
-    max_extra_rollouts: int = "auto"  # further draws a step to replace groups of equal rewards
-    max_prompt_length: int = "auto"  # tokens; longer prompts are dropped and counted
-    max_completion_length: int = "auto"  # tokens, latent steps included
-    temperature: float = "auto"  # of sampling, > 0
-    top_k: int = "auto"  # sample among the k likeliest ids; 0 = all
-    top_p: float = 1.0  # then in this nucleus; 1 = off
-    # update
-    lr: float = "auto"  # AdamW learning rate of the language model
-    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
-    max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
-    clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
-    kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
-    update_epochs: int = 1  # passes over a rollout
-    minibatches: int = "auto"  # updates in a pass
-    micro_batch: int = "auto"  # sequences in one forward pass on one rank
-    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
-    gradient_checkpointing: bool = False  # recompute layers in backward: memory for time
-    share_prompts: bool = "auto"  # a prompt's pass serves its group in updates (auto: real models)
-    lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
-    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
-    # evaluation and records
-    eval_every: int = "auto"  # steps; also before the first and after the last
-    eval_limit: int = "auto"  # problems; 0 = all
-    eval_batch: int = "auto"  # problems decoded together on one rank
-    num_samples: int = 1  # completions per evaluation problem
-    greedy: bool = True  # evaluate with argmax instead of sampling
-    save_every: int = "auto"  # steps; also after the last
-    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
-    print_every: int = 50  # steps between printed sample completions
-    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of the newest
-    stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
-    # the method
-    stage: str = "all"  # sft: the supervised start, rl: from --model as it is, all: both [ours]
-    latent: bool = True  # think in mixtures; --no-latent is plain GRPO over written chains [sec. 5]
-    latent_top_k: int = "auto"  # embeddings in a mixture, K [eq. 1, code]
-    latent_top_p: float = 0.95  # nucleus that noise may bring candidates in from [code]
-    latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
-    noise_scale: float = "auto"  # factor on the Gumbel noise, lambda [code]
-    latent_end: str = "either"  # who ends a thought: clean argmax, perturbed one, or either [code]
-    one_sided: bool = "auto"  # shift the noise above 0 [eq. 12]
-    ste: str = "paper"  # slope past the target: paper, released or none; with --one_sided [eq. 16]
-    mask_invalid: bool = "auto"  # leave cut-off completions out of the advantages [eq. 9-11]
-    first_token_selection: bool = "auto"  # one right completion trains the first step [eq. 18-21]
-    floor: bool = False  # empty thought, the marker is given: what is known without one [ours]
-    check_start: bool = True  # measure before RL what the model can do without it [ours]
-    # the supervised stage
-    sft_steps: int = "auto"  # updates [ours]
-    cot_steps: int = "auto"  # the first of them learn the written chain, id by id, no noise [ours]
-    sft_batch: int = "auto"  # demonstrations in an update, over all ranks [code]
-    sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [code]
-    sft_noise: float = 1.0  # factor on the Gumbel noise of labels, which are the inputs too [code]
-    sft_save_every: int = "auto"  # steps [ours]
-    chunk: int = 2  # ids of the chain in one latent token; two of digits never share one [ours]
+    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        if self.warmup_steps < 0:
-            self.warmup_steps = round(0.1 * self.steps)
-        may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
-                    "lora_rank", "eval_limit", "stop_after", "cot_steps")
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_0)
-            if f.type in (int, float) and not value >= least:
-                fail(f"--{f.name} {value}: must be at least {least}")
-        if self.group_size < 2:
-            fail(f"--group_size {self.group_size}: advantages need 2 or more completions a problem")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            fail(f"--temperature {self.temperature}, --top_p {self.top_p}: want > 0 and in (0, 1]")
-        if self.lora_rank and self.train_embeddings:
-            fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
-        if not self.answer_marker:
-            fail("--answer_marker: must not be empty")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
-        if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-            fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
-        for name, values in (("stage", "sft rl all"), ("ste", "paper released none"),
-                             ("latent_end", "clean perturbed either")):
-            if getattr(self, name) not in values.split():
-                fail(f"--{name} {getattr(self, name)}: must be one of {values}")
-        if self.sft_batch < int(os.environ.get("WORLD_SIZE", 1)):
-            fail(f"--sft_batch {self.sft_batch}: is shared out, so at least one for each rank")
-        if not self.latent_tau > 0 or not 0 < self.latent_top_p <= 1:
-            fail(f"--latent_tau {self.latent_tau}, --latent_top_p {self.latent_top_p}: want > 0 "
-                 "and in (0, 1]")
+        for name in ("update_epochs", "minibatches", "latent_top_k", "sft_steps", "chunk",
+                     "sft_save_every"):
+            if getattr(self, name) < 1:
+                fail(f"--{name} {getattr(self, name)}: must be at least 1")
+        resolve_config(self, METHOD, self.minibatches)  # fills in "auto", checks what is shared
+        choices = {"stage": ("sft", "rl", "all"), "ste": ("paper", "released", "none"),
+                   "latent_end": ("clean", "perturbed", "either")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                fail(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if self.sft_batch < world_size:
+            fail(f"--sft_batch {self.sft_batch}: must be at least {world_size}, one for each rank")
+        if not self.latent_tau > 0:
+            fail(f"--latent_tau {self.latent_tau}: must be above 0")
+        if not 0 < self.latent_top_p <= 1:
+            fail(f"--latent_top_p {self.latent_top_p}: must be in (0, 1]")
         if self.latent_end == "clean" and self.latent_top_k == 1:
             fail("--latent_end clean: needs --latent_top_k 2 or more")
-        if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
-            fail(f"--train {self.train}: a file has no test split; name --eval_data")
+        if self.deterministic and self.latent and self.device.startswith("cuda"):
+            fail("--deterministic: CUDA has no deterministic cumsum, which latent steps need")
 
 
 PRESETS = {
-    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
-        train="arithmetic-verbose", answer_marker="</think>", steps=100, num_prompts=32,
-        group_size=8, max_extra_rollouts=0, max_prompt_length=128, max_completion_length=32,
-        temperature=1.0, top_k=0, lr=5e-5, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.1,
-        minibatches=1, micro_batch=64, lora_rank=0, eval_every=20, eval_limit=1024,
-        eval_batch=1024, save_every=50, latent_top_k=2, noise_scale=0.5, one_sided=True,
-        mask_invalid=True, first_token_selection=True, sft_steps=800, cot_steps=0, sft_batch=64,
-        sft_lr=2e-3, sft_save_every=200, share_prompts=False),
-    "paper": dict(  # GSM8K with Llama-3.2-1B-Instruct [code]; lengths of prompts, stage 1 [ours]
-        train="gsm8k", answer_marker="</think>", steps=10000, num_prompts=64, group_size=8,
-        max_extra_rollouts=50, max_prompt_length=384, max_completion_length=128, temperature=1.0,
-        top_k=0, lr=1e-6, weight_decay=0.01, max_grad_norm=1.0, kl_coef=0.0, minibatches=4,
-        micro_batch=8, lora_rank=0, eval_every=100, eval_limit=512, eval_batch=64, save_every=200,
-        latent_top_k=10, noise_scale=1.0, one_sided=True, mask_invalid=True,
-        first_token_selection=True, sft_steps=2000, cot_steps=200, sft_batch=256, sft_lr=2e-5,
-        sft_save_every=500, share_prompts=True),
+    "tiny": {},
+    "paper": dict(  # Llama-3.2-1B-Instruct [code]; prompt length, supervised stage [ours]
+        train="gsm8k", steps=10000, num_prompts=64, max_extra_rollouts=50, max_prompt_length=384,
+        max_completion_length=128, lr=1e-6, minibatches=4, kl_coef=0.0, latent_top_k=10,
+        noise_scale=1.0, sft_steps=2000, sft_batch=256, sft_lr=2e-5, cot_steps=200,
+        sft_save_every=500, weight_decay=0.01, micro_batch=8, share_prompts=True, eval_every=100,
+        eval_limit=512, eval_batch=64, save_every=200),
 }
 TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
-# The baseline, at the rate that suits it, and ...
-PRESETS["soft_grpo"] = {**PRESETS["tiny"], **TWO_SIDED, "lr": 3e-4}
-PRESETS["soft_grpo_paper"] = {**PRESETS["paper"], **TWO_SIDED}  # ... for real models
+PRESETS["soft_grpo"] = PRESETS["tiny"] | TWO_SIDED | dict(lr=3e-4)  # the rate that suits it [ours]
+PRESETS["soft_grpo_paper"] = PRESETS["paper"] | TWO_SIDED
+
+
+def parse_config(argv=None):
+    """The settings of a run, from the command line."""
+    return parse_flags(Config, PRESETS, __doc__, argv)
+
+
+def check_trainable(cfg):
+    """`fail` on settings that only eval.py can use."""
+    if cfg.floor or (cfg.latent and cfg.noise_scale == 0):
+        fail("--floor, --noise_scale 0: are ways of decoding, for eval.py; they are not trained")
+
 
 # === 2. the method ================================================================================
 
-NEEDS_OLD_LOGPROBS = True  # a ratio and a clip: several updates per rollout make sense
-PLAIN = {"latent": False}  # the Config values that switch the method off
 METHOD_METRICS = ("margin", "crossed_frac", "top_weight")
+PLAIN_GRPO = {"latent": False}  # the settings that switch the method off
 LOW, HIGH = 1.5, 3.0  # Gumbel noise is clipped to [-LOW, HIGH] [eq. 12]
 
 
-def one_sided_noise(gumbel, low=LOW, high=HIGH, offset=0.0):
-    """Clipped and shifted above 0 [eq. 12]: clip(g, -low, high) + low + offset, same shape.
+def one_sided_noise(gumbel):
+    """Clipped and shifted above 0 [eq. 12]: clip(g, -LOW, HIGH) + LOW, same shape.
 
     Softmax and top-k do not see the shift: what is fed stays the same. But every score starts above
     its log-prob, so a positive advantage pulls all K log-probs up, a negative one pushes all down.
     """
     # paper: + epsilon, not given; released code: epsilon 0. A clipped draw (1.1 %) starts at 0.
-    return gumbel.clamp(-low, high) + low + offset
+    return gumbel.clamp(-LOW, HIGH) + LOW
 
 
 def draw_noise(logits, cfg, rng):
     """Noise [b, V] of a rollout step: clipped, shifted (--one_sided), then scaled [code]."""
     gumbel = gumbel_like(logits, rng)
-    noise = one_sided_noise(gumbel) if cfg.one_sided else gumbel.clamp(-LOW, HIGH)
+    if cfg.one_sided:
+        noise = one_sided_noise(gumbel)
+    else:
+        noise = gumbel.clamp(-LOW, HIGH)
     return cfg.noise_scale * noise
 
 
-def latent_step(logits, noise, top_k, top_p, tau):
-    """One latent token: logits [b, V], noise [b, V] -> ids, scores, weights [b, K], best first.
+def nucleus(logprobs, top_k, top_p):
+    """The ids that noise may choose from: those of the top_p nucleus and the top_k likeliest.
 
-    Scores are log-probs of the full vocabulary at temperature 1 plus noise [eq. 13]; the K best of
-    nucleus and likeliest K are kept, weights = softmax(scores / tau) [eq. 2]. The nucleus lets
-    noise bring in tokens beyond the K likeliest. Noise None: the K likeliest, weights of eq. 1.
+    logprobs [b, V] -> logprobs [b, C], ids [b, C], likeliest first; -inf outside.
     """
-    scores = torch.log_softmax(logits, -1)
+    num_ids = logprobs.shape[-1]
+    best, ids = logprobs.topk(min(num_ids, max(1024, top_k)), -1)
+    if (best.exp().sum(-1) < top_p).any():  # rare: some nucleus is larger. Sorting all ids is slow
+        best, ids = logprobs.topk(num_ids, -1)
+    probs = best.exp()
+    likelier = probs.cumsum(-1) - probs  # the mass of all likelier ids
+    outside = likelier >= top_p
+    outside[:, :top_k] = False
+    return best.masked_fill(outside, -math.inf), ids
+
+
+def latent_step(logits, noise, top_k, top_p):
+    """The mixture of a latent step: logits [b, V], noise [b, V] -> ids, scores [b, K], best first.
+
+    Scores are log-probs at temperature 1, over the full vocabulary, plus noise [eq. 13]; the K best
+    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1].
+    """
+    logprobs = torch.log_softmax(logits, -1)
     if noise is None:
-        scores, ids = scores.topk(top_k, -1)
-    else:
-        size = scores.shape[-1]
-        for count in (min(size, max(1024, top_k)), size):  # sorting all ids is slow, rarely needed
-            best, order = scores.topk(count, -1)
-            probs = best.exp()
-            outside = probs.cumsum(-1) - probs >= top_p
-            if outside[:, -1].all():
-                break  # and so is all that is less likely
-        outside[:, :top_k] = False
-        scores = (best + noise.gather(-1, order)).masked_fill(outside, -math.inf)
-        scores, places = scores.topk(top_k, -1)
-        ids = order.gather(-1, places)
-    return ids, scores, (scores / tau).softmax(-1)
+        scores, ids = logprobs.topk(top_k, -1)
+        return ids, scores
+    candidates, candidate_ids = nucleus(logprobs, top_k, top_p)  # [b, C]
+    perturbed = candidates + noise.gather(-1, candidate_ids)
+    scores, places = perturbed.topk(top_k, -1)
+    return candidate_ids.gather(-1, places), scores
+
+
+def mixture_weights(scores, tau):
+    """Weights of the mixture = softmax(scores / tau) [eq. 2]: [..., K] -> [..., K], sums to 1."""
+    return (scores / tau).softmax(-1)
 
 
 def latent_logprob(scores, logprobs, ste):
-    """log pi of a latent token, up to a constant: mean over K of -m - exp(-m) [eq. 3, eq. 17].
+    """log pi of a latent step, up to a constant: mean over K of -d - exp(-d) [eq. 3, eq. 17].
 
-    scores (constants), logprobs of the K ids (gradient): [..., K] -> [...]. m = d = scores -
-    logprobs is the Gumbel noise that explains the score; its log-density is largest at d = 0.
-    While d > 0 the slope 1 - exp(-d) towards logprobs is positive. Once updates push a log-prob
-    past its score (d < 0), the value stays, and the slope becomes
+    scores (constants), logprobs of the same K ids (with gradient): [..., K] -> [...]. The margin
+    d = scores - logprobs is the noise that explains the score; -d - exp(-d) is the log-density of
+    Gumbel noise, largest at d = 0. Its slope towards logprobs is 1 - exp(-d), positive while d > 0.
+    Once updates push a log-prob past its score, d < 0, the value stays, and the slope becomes
       none      1 - exp(-d) < 0: turns back to the score, whatever the advantage [eq. 27]
       paper     exp(-d) - 1 > 0: goes on, in the direction of the advantage [eq. 16, eq. 31]
       released  exp(d) - 1 in (-1, 0): turns back, gently
     """
     # paper: sum over K; released code: mean, which keeps the ratio's size independent of K.
     d = scores - logprobs
-    if ste == "paper":
-        d = torch.where(d < 0, 2 * d.detach() - d, d)  # value d, slope -1
     value = -d - torch.exp(-d)
-    if ste == "released":
-        gentle = d - torch.exp(d.clamp(max=0))
-        value = torch.where(d < 0, value.detach() + (gentle - gentle.detach()), value)
-    return value.mean(-1)
+    past = value  # what counts where d < 0
+    if ste == "paper":
+        past = 2 * value.detach() - value
+    elif ste == "released":
+        gentle = d - torch.exp(d.clamp(max=0))  # the clamp: no overflow where it does not count
+        past = value.detach() + (gentle - gentle.detach())
+    return torch.where(d < 0, past, value).mean(-1)
 
 
 class Policy(nn.Module):
-    """Language model. forward re-scores a rollout with gradient; DDP wraps this module."""
+    """The language model. forward re-scores a rollout with gradient; DDP wraps this module."""
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
-        self.lm, self.table, self.pad_id = lm, lm.get_input_embeddings(), lm.pad_id
+        self.lm = lm
         self.tokenizer = tokenizer
-        self.cfg, self.top_k = cfg, min(cfg.latent_top_k, lm.num_tokens)
-        if cfg.deterministic and lm.device.type == "cuda" and cfg.latent:
-            fail("--deterministic: the nucleus of latent steps needs cumsum, which CUDA has not")
-        # the first part of the marker ends the latent phase; the rest of it is ordinary text
+        self.table = lm.get_input_embeddings()
+        self.cfg = cfg
+        self.top_k = min(cfg.latent_top_k, lm.num_tokens)  # K
+        # The first id of the marker ends a thought; the others are ordinary text.
         self.marker_ids = tokenizer(cfg.answer_marker, add_special_tokens=False)["input_ids"]
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         for module in (self.table, lm.get_output_embeddings()):  # the space of the mixtures
             module.weight.requires_grad_(cfg.train_embeddings)
 
     def completion_embeds(self, batch):
-        """What the rollout fed at each completion position -> embeds [B, T, H].
+        """What is fed at each completion position, in rollout and update -> [B, T, H].
 
-        The stored scores are constants, so weights are too: the only way to the parameters is from
-        the log-probs, not back through the thought. --train_embeddings opens the table as well.
+        The stored scores are constants, and so are the weights: the only way to the parameters is
+        from the log-probs, not back through the thought. --train_embeddings opens the table, too.
         """
         tokens = self.table(batch["completion_ids"])
-        if "topk_ids" not in batch:
-            return tokens
-        weights = (batch["topk_scores"] / self.cfg.latent_tau).softmax(-1)  # [B, T, K]
+        weights = mixture_weights(batch["topk_scores"], self.cfg.latent_tau)  # [B, T, K]
         mixed = top_k_mixture(batch["topk_ids"], weights, self.table)
         return torch.where(batch["latent_mask"][..., None], mixed, tokens)
 
-    def hidden(self, batch):
+    def hidden(self, batch, lm):
         """The hidden states [B, T, H] that decide each completion position."""
-        return completion_hidden(self.lm, batch, self.completion_embeds(batch))
+        return completion_hidden(lm, batch, self.completion_embeds(batch))
 
     def score(self, lm, batch):
-        """-> log-probs of the kept ids [B, T, K] or None, of completion_ids [B, T], entropy [B, T].
+        """-> kept [B, T, K], tokens [B, T], entropy [B, T] (nats) of either.
 
-        The former belong to latent positions and temperature 1, as in latent_step; the latter to
-        the others and the temperature that they were sampled at. Elsewhere both are 0.
+        kept: log-probs of topk_ids at latent steps, at temperature 1 as in latent_step. tokens:
+        those of completion_ids elsewhere, at the temperature that they were sampled at. Both are 0
+        where they are not meant, the entropy outside loss_mask.
         """
-        hidden = completion_hidden(lm, batch, self.completion_embeds(batch))
-        latent, mask = batch["latent_mask"] & batch["loss_mask"], batch["loss_mask"]
+        hidden = self.hidden(batch, lm)
+        is_latent = batch["latent_mask"] & batch["loss_mask"]
+        is_token = batch["loss_mask"] & ~is_latent
         # paper: one temperature; released code: answers sampled at 1 (a stale flag), scored at 0.6.
-        logprobs, entropy = completion_logprobs(
-            lm, hidden, batch["completion_ids"], mask & ~latent, self.cfg.temperature)
-        if "topk_ids" not in batch:
-            return None, logprobs, entropy
-        kept, latent_entropy = completion_logprobs(lm, hidden, batch["topk_ids"], latent)
-        return kept, logprobs, entropy + latent_entropy
+        tokens, entropy = completion_logprobs(
+            lm, hidden, batch["completion_ids"], is_token, self.cfg.temperature)
+        kept, latent_entropy = completion_logprobs(lm, hidden, batch["topk_ids"], is_latent)
+        return kept, tokens, entropy + latent_entropy
 
-    def surrogate(self, kept, logprobs, batch, ste, shift=0.0):
-        """Log-probs [B, T]: latent_logprob at latent positions, those of the ids elsewhere."""
-        if kept is None:
-            return logprobs
-        scale = self.cfg.noise_scale or 1.0  # the density is that of the noise before its scaling
-        latent = latent_logprob(batch["topk_scores"] / scale - shift, kept / scale, ste)
-        return torch.where(batch["latent_mask"] & batch["loss_mask"], latent, logprobs)
+    def surrogate(self, kept, tokens, batch, ste, shift=0.0):
+        """Log-probs [...]: latent_logprob of kept [..., K] at latent steps, tokens [...] elsewhere.
 
-    def unshifted(self, kept, logprobs, batch):
+        The density is that of the noise before its scaling (--noise_scale), minus shift.
+        """
+        scale = self.cfg.noise_scale or 1.0  # 0 only decodes
+        scores = batch["topk_scores"] / scale - shift
+        latents = latent_logprob(scores, kept / scale, ste)
+        return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, tokens)
+
+    def kl_logprobs(self, kept, tokens, batch):
         """As surrogate, but under the density that the noise really had, for the KL term.
 
         Under it the mean slope of what was drawn is 0: k3 is least where nothing has moved and
         pulls back all else. With the shift left in, k3 would push all kept log-probs, even away.
         """
-        return self.surrogate(kept, logprobs, batch, "none", LOW * self.cfg.one_sided)
+        shift = LOW if self.cfg.one_sided else 0.0
+        return self.surrogate(kept, tokens, batch, "none", shift)
 
-    def forward(self, batch):
+    def forward(self, batch, labels=False):
         """-> {"logprobs" [B, T], "kl_logprobs" [B, T], "entropy" [B, T] (nats), "kept"}.
 
-        logprobs is the surrogate with the slopes of --ste; kl_logprobs: see unshifted. kept
-        [B, T, K]: log-probs of topk_ids, None without. Positions outside loss_mask are 0.
+        logprobs: the surrogate with the slopes of --ste. kept [B, T, K]: log-probs of topk_ids at
+        latent steps. All are 0 outside loss_mask. labels: for the supervised stage, which has no
+        surrogate, only kept and the log-probs of tokens.
         """
         with autocast(self.lm):
-            kept, logprobs, entropy = self.score(self.lm, batch)
-        plain = self.surrogate(kept, logprobs, batch, "none")
+            kept, tokens, entropy = self.score(self.lm, batch)
+        if labels:
+            return {"kept": kept, "logprobs": tokens}
         ste = self.cfg.ste if self.cfg.one_sided else "none"
-        logprobs = plain if ste == "none" else self.surrogate(kept, logprobs, batch, ste)
-        if ste == "released":  # only where the advantage is not positive
-            advantages = batch.get("advantages", torch.zeros_like(plain))
-            logprobs = torch.where(advantages > 0, plain, logprobs)
-        return {"logprobs": logprobs, "kl_logprobs": self.unshifted(kept, logprobs, batch),
-                "entropy": entropy, "kept": kept}
+        logprobs = self.surrogate(kept, tokens, batch, ste)
+        if ste == "released" and "advantages" in batch:  # only where they are not positive
+            plain = self.surrogate(kept, tokens, batch, "none")
+            logprobs = torch.where(batch["advantages"] > 0, plain, logprobs)
+        kl_logprobs = self.kl_logprobs(kept, tokens, batch)
+        return {
+            "logprobs": logprobs,
+            "kl_logprobs": kl_logprobs,
+            "entropy": entropy,
+            "kept": kept}
 
 
 def start_state(num_rows, policy, cfg):
-    """What each row remembers between steps: is it still in its latent phase?"""
+    """What each row remembers between steps: does it still think? Nothing without latent steps."""
     if not cfg.latent or cfg.floor:
         return {}
-    return {"latent": torch.ones(num_rows, dtype=torch.bool, device=policy.lm.device)}
+    return {"thinks": torch.ones(num_rows, dtype=torch.bool, device=policy.lm.device)}
 
 
 def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
-    A row is latent from its first step until it emits the first id of the marker, which is fed and
-    scored as a token, like all that follows. A latent row shows the id of its best score; EOS ends
-    the row there too. Greedy: no noise, and the likeliest answer.
+    A row thinks from its first step until it emits the first id of the marker, which is fed and
+    scored as a token, like all that follows. EOS ends a row anywhere. `hidden` is unused here.
     """
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
-    probs = scores.softmax(-1)
+    probs = scores.softmax(-1)  # [b, C]; C = V without top-k
     choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
-    soft, scored = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
-    if cfg.floor and t < len(policy.marker_ids):  # an empty thought: the marker is no choice
-        ids, scored = torch.full_like(ids, policy.marker_ids[t]), ~scored
-    record = {}
-    if cfg.latent and not cfg.floor:
-        noise = None if greedy else draw_noise(logits, cfg, rng)
-        topk_ids, topk_scores, weights = latent_step(
-            logits, noise, policy.top_k, cfg.latent_top_p, cfg.latent_tau)
-        clean = logits.argmax(-1) == policy.marker_ids[0]
-        perturbed = topk_ids[:, 0] == policy.marker_ids[0]
-        # paper: not said; released code: either for Llama, perturbed for Qwen (a literal id).
-        ends = {"clean": clean, "perturbed": perturbed, "either": clean | perturbed}[cfg.latent_end]
-        shown = torch.where(perturbed, topk_ids[:, min(1, policy.top_k - 1)], topk_ids[:, 0])
-        shown = torch.where(ends, policy.marker_ids[0], shown)  # the marker only where it ends
-        ids = torch.where(state["latent"], shown, ids)
-        soft = state["latent"] & ~ends & ~torch.isin(ids, policy.eos_ids)
-        state = {"latent": state["latent"] & ~ends}
-        record = {"topk_ids": topk_ids * soft[:, None], "topk_scores": topk_scores * soft[:, None]}
-    embeds = policy.table(ids)
-    logprobs = torch.log_softmax(logits / cfg.temperature, -1).gather(1, ids[:, None])[:, 0]
-    if record:
-        embeds = torch.where(soft[:, None], top_k_mixture(topk_ids, weights, policy.table), embeds)
-        kept = torch.log_softmax(logits, -1).gather(1, topk_ids)
-        scale = cfg.noise_scale or 1.0
-        latent_logprobs = latent_logprob(topk_scores / scale, kept / scale, "none")
-        logprobs = torch.where(soft, latent_logprobs, logprobs)
-    is_read = t + 1 < cfg.max_completion_length  # no input follows the last id: not latent
-    record.update(rollout_logprobs=logprobs, latent_mask=soft & is_read,
-                  loss_mask=scored & (~soft | is_read))
+    is_given = cfg.floor and t < len(policy.marker_ids)  # an empty thought: no choice, no score
+    if is_given:
+        ids = torch.full_like(ids, policy.marker_ids[t])
+    if state:
+        ids, record, state = think(policy, logits, ids, t, state, cfg, rng, greedy)
+    else:
+        no_mixture = torch.zeros(len(ids), policy.top_k, device=ids.device)  # [b, K]
+        record = {
+            "loss_mask": torch.full_like(ids, not is_given, dtype=torch.bool),
+            "latent_mask": torch.zeros_like(ids, dtype=torch.bool),
+            "topk_ids": no_mixture.long(),
+            "topk_scores": no_mixture}
+    embeds = policy.completion_embeds({"completion_ids": ids, **record})
+    tokens = torch.log_softmax(logits / cfg.temperature, -1).gather(1, ids[:, None])[:, 0]
+    kept = torch.log_softmax(logits, -1).gather(1, record["topk_ids"])  # [b, K]
+    record["rollout_logprobs"] = policy.surrogate(kept, tokens, record, "none")
     return ids, embeds, record, state
+
+
+def think(policy, logits, sampled, t, state, cfg, rng, greedy):
+    """Choose the mixture of the rows that think, or end their thought -> ids [b], record, state.
+
+    sampled [b]: the ids of the other rows. Greedy: no noise.
+    """
+    noise = None if greedy else draw_noise(logits, cfg, rng)
+    topk_ids, scores = latent_step(logits, noise, policy.top_k, cfg.latent_top_p)  # [b, K] each
+    shown, ends = end_of_thought(logits, topk_ids, policy.marker_ids[0], cfg.latent_end)
+    ids = torch.where(state["thinks"], shown, sampled)
+    thinks = state["thinks"] & ~ends
+    is_mixed = thinks & ~torch.isin(ids, policy.eos_ids)
+    is_read = t + 1 < cfg.max_completion_length  # no input follows the last position
+    record = {
+        "loss_mask": ~is_mixed | is_read,
+        "latent_mask": is_mixed & is_read,
+        "topk_ids": topk_ids * is_mixed[:, None],
+        "topk_scores": scores * is_mixed[:, None]}
+    return ids, record, {"thinks": thinks}
+
+
+def end_of_thought(logits, topk_ids, marker_id, rule):
+    """Which thoughts end here: logits [b, V], topk_ids [b, K] -> ids shown [b], ends [b] bool.
+
+    rule: the marker has the best log-prob (clean), the best score (perturbed), or either. It is
+    shown where a thought ends; a thought that goes on shows the best score of another id.
+    """
+    is_clean = logits.argmax(-1) == marker_id
+    is_perturbed = topk_ids[:, 0] == marker_id
+    # paper: not said; released code: either for Llama, perturbed for Qwen (a literal id).
+    ends = {"clean": is_clean, "perturbed": is_perturbed, "either": is_clean | is_perturbed}[rule]
+    second = topk_ids[:, min(1, topk_ids.shape[1] - 1)]  # with K = 1 such a thought ends
+    shown = torch.where(is_perturbed, second, topk_ids[:, 0])
+    return torch.where(ends, marker_id, shown), ends
 
 
 @torch.no_grad()
@@ -398,10 +426,10 @@ def reference_logprobs(policy, reference, batch, cfg):
 
     It reads the same mixtures and scores the same perturbed candidates.
     """
-    lm = policy.lm if reference is None else reference  # a copy keeps the adapters it was made with
-    with nullcontext() if reference else lora_disabled(lm), autocast(lm):
-        kept, logprobs, _ = policy.score(lm, batch)
-    return policy.unshifted(kept, logprobs, batch)
+    lm = policy.lm if reference is None else reference
+    with lora_disabled(policy.lm), autocast(lm):  # a copy keeps the adapters that it was made with
+        kept, tokens, _ = policy.score(lm, batch)
+    return policy.kl_logprobs(kept, tokens, batch)
 
 
 def kl_estimate(outputs, batch):
@@ -415,117 +443,161 @@ def kl_estimate(outputs, batch):
 def policy_loss(outputs, batch, cfg):
     """Loss [B, T] of each position [eq. 8, eq. 22], not yet reduced: PPO's clip, and k3.
 
-    ratio = exp(logprobs - old_logprobs), at latent positions of the surrogate [eq. 23]; with one
-    update per rollout the old ones are today's, the ratio is 1 and clips nothing. A negative
-    advantage also stops pushing at a ratio of 3 (dual clip) [code].
+    The ratio exp(logprobs - old_logprobs) is at latent steps that of the surrogate [eq. 23]; with
+    one update per rollout it is 1 and clips nothing. A negative advantage also stops pushing at a
+    ratio of 3 (dual clip) [code].
     """
-    logprobs, advantages = outputs["logprobs"], batch["advantages"]
+    logprobs = outputs["logprobs"]
+    advantages = batch["advantages"]
     ratio = torch.exp(logprobs - batch.get("old_logprobs", logprobs.detach()))
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    loss = torch.where(advantages < 0, torch.minimum(loss, -3 * advantages), loss)
+    bounded = torch.minimum(loss, -3 * advantages)
+    loss = torch.where(advantages < 0, bounded, loss)
     if cfg.kl_coef > 0:
         loss = loss + cfg.kl_coef * kl_estimate(outputs, batch)
     return loss
 
 
 def param_groups(policy, cfg):
-    """Optimizer groups: matrices and vectors of the language model."""
-    if cfg.floor or cfg.latent and cfg.noise_scale == 0:  # only training needs an optimizer
-        fail("--floor, --noise_scale 0: are ways of decoding, for eval.py; they are not trained")
-    lm = [p for p in policy.lm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-        {"params": [p for p in lm if p.dim() == 1], "lr": cfg.lr, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Optimizer groups: matrices and vectors of the language model; the method adds nothing."""
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() == 1]
+    groups = [(matrices, cfg.lr, cfg.weight_decay), (vectors, cfg.lr, 0.0)]
+    return [{"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+            for params, lr, decay in groups if params]
 
 
-def method_metrics(policy, outputs, batch, cfg, step):
-    """METHOD_METRICS as values [B, T], averaged over latent positions; None with --no-latent.
+@torch.no_grad()
+def measure(policy, outputs, batch, cfg):
+    """Metrics of a micro-batch -> {name: (values [B, T], mask [B, T] of those that count)}.
 
     margin: mean d = score - log-prob over the K kept ids. crossed_frac: share of them that updates
     pushed past their score, d < -0.001: with one-sided noise and one update 0, but for bfloat16.
     top_weight: largest weight of the mixture; near 1, thoughts are single tokens.
     """
-    if outputs["kept"] is None:
-        return None
-    margins = batch["topk_scores"] - outputs["kept"]
-    weights = (batch["topk_scores"] / cfg.latent_tau).softmax(-1)
-    return margins.mean(-1), (margins < -1e-3).float().mean(-1), weights.amax(-1)
+    found = {"entropy": (outputs["entropy"], batch["loss_mask"])}
+    if cfg.kl_coef > 0:
+        found["kl"] = (kl_estimate(outputs, batch), batch["loss_mask"])
+    mask = batch["latent_mask"]
+    margins = batch["topk_scores"] - outputs["kept"]  # [B, T, K]
+    crossed = (margins < -1e-3).float()
+    weights = mixture_weights(batch["topk_scores"], cfg.latent_tau)
+    found["margin"] = (margins.mean(-1), mask)
+    found["crossed_frac"] = (crossed.mean(-1), mask)
+    found["top_weight"] = (weights.amax(-1), mask)
+    return found
 
 
 # === 2b. supervised stage =========================================================================
 # Latent-SFT with chunks of a written chain as labels. A demonstration is laid out as a rollout is:
-# N mixtures, then the marker, the answer and EOS; topk_scores / tau are the log-weights of a label.
+# mixtures, then the marker, the answer and EOS. topk_scores / tau are the log-weights of a label,
+# and the label is what is fed, too: never the model's own mixture.
+
+
+def start_config(cfg):
+    """The settings of the supervised stage: its own length and rates, with --stage all a folder."""
+    start = dataclasses.replace(
+        cfg, stage="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, save_every=cfg.sft_save_every,
+        warmup_steps=round(0.05 * cfg.sft_steps), eval_every=cfg.sft_steps)
+    if cfg.stage == "all":
+        start.out_dir = f"{cfg.out_dir}/sft"
+        start.stop_after = 0
+    return start
 
 
 def chunk_labels(ids, size, is_digits):
     """Chain of ids -> chunks of at most `size`, with at most one id of digits in each [ours].
 
-    The ids of a chunk share one latent token, which forgets their order: 18 would equal 81.
+    The ids of a chunk share one latent step, which forgets their order: 18 would equal 81.
     """
     # paper: labels of a learned encoder, top-10; fixed size 2 (GSM8K). CoLaR has chunk averages.
-    chunks = []
+    chunks = [[]]
     for i in ids:
-        full = not chunks or len(chunks[-1]) == size
-        if full or is_digits[i] and any(is_digits[j] for j in chunks[-1]):
+        has_digits = any(is_digits[j] for j in chunks[-1])
+        if len(chunks[-1]) == size or (has_digits and is_digits[i]):
             chunks.append([])
         chunks[-1].append(i)
     return chunks
 
 
 def read_demonstrations(problems, tokenizer, policy, cfg):
-    """Problems with chain_ids and answer_ids (marker, answer, EOS); those without a chain go.
+    """Problems with chain_ids, chunks (of them) and answer_ids; those without a chain are left out.
 
-    Parts are tokenised one by one, so that nothing merges across a border. The answer is the marked
-    answer only: the thought has to do the work. The built-in task's teacher errs, and is imitated.
+    Chain and answer are tokenised apart, so that nothing merges across the border. The answer is
+    marker, answer and EOS only: the thought has to do the work. The built-in task's teacher errs,
+    and is imitated.
     """
-    kept, pieces = [], tokenizer.batch_decode([[i] for i in range(policy.lm.num_tokens)])
+    pieces = tokenizer.batch_decode([[i] for i in range(policy.lm.num_tokens)])
+    is_digits = [piece.strip().isdigit() for piece in pieces]
+    end = tokenizer.eos_token_id  # what a chat template ends a turn with
+    if end not in policy.lm.eos_ids:
+        end = policy.lm.eos_ids[0]
+    kept = []
     for problem in problems:
         space = "" if "teacher_answer" in problem else " "
         chain = space.join(problem["steps"] or []) or problem["solution"] or ""
         answer = problem.get("teacher_answer", problem["answer"])
-        chain, answer = tokenizer([chain, answer], add_special_tokens=False)["input_ids"]
-        answer = [*policy.marker_ids, *answer, policy.lm.eos_ids[0]]
-        fits = len(chain) + len(answer) < cfg.max_completion_length  # also id by id
-        if chain and fits and policy.marker_ids[0] not in chain:  # it would end the thought
-            kept.append({**problem, "chain_ids": chain, "answer_ids": answer})
+        chain_ids, answer_ids = tokenizer([chain, answer], add_special_tokens=False)["input_ids"]
+        answer_ids = [*policy.marker_ids, *answer_ids, end]
+        fits = len(chain_ids) + len(answer_ids) < cfg.max_completion_length  # also id by id
+        if chain_ids and fits and policy.marker_ids[0] not in chain_ids:  # it would end the thought
+            chunks = chunk_labels(chain_ids, cfg.chunk, is_digits)
+            kept.append({
+                **problem, "chain_ids": chain_ids, "chunks": chunks, "answer_ids": answer_ids})
     if not kept:
         fail(f"--stage {cfg.stage}: no problem of --train {cfg.train} has steps or a solution that "
              f"fits into --max_completion_length {cfg.max_completion_length}; or use --stage rl")
     if len(kept) < len(problems):
         warn(f"{len(problems) - len(kept)} of {len(problems)} problems demonstrate nothing: no "
              "chain, or over --max_completion_length")
-    return kept, [piece.strip().isdigit() for piece in pieces]
+    return kept
 
 
-def demonstrate(chosen, policy, cfg, size, noise_scale, is_digits, rng):
-    """Problems -> batch with the keys of a rollout; chunks of `size`, log-weights plus noise."""
-    rows = [chunk_labels(p["chain_ids"], size, is_digits) for p in chosen]
-    latents = torch.tensor([len(row) for row in rows])
-    rows = [row + [[i] for i in p["answer_ids"]] for row, p in zip(rows, chosen)]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), size, dtype=torch.long)
-    weights = torch.zeros(ids.shape)  # [B, T, K], K = size
-    for row, chunks in enumerate(rows):
-        for t, chunk in enumerate(chunks):
-            ids[row, t, : len(chunk)] = torch.tensor(chunk)
-            weights[row, t, : len(chunk)] = 1 / len(chunk)
-    positions, device = torch.arange(ids.shape[1]), policy.lm.device
-    batch = {"completion_ids": ids[..., 0], "lengths": lengths, "topk_ids": ids,
-             "completion_mask": positions < lengths[:, None],
-             "latent_mask": positions < latents[:, None]}
-    batch = {name: value.to(device) for name, value in batch.items()}
-    noise = (noise_scale * gumbel_like(batch["topk_ids"], rng)).clamp(-LOW, HIGH)
-    batch["topk_scores"] = (weights.to(device) + 1e-10).log() + noise  # padding stays below -20
-    batch["loss_mask"] = batch["completion_mask"]
-    batch["prompt_ids"], batch["prompt_mask"] = left_pad(
-        [p["prompt_ids"] for p in chosen], policy.pad_id, device)
-    return batch
+def demonstrate(chosen, policy, cfg, is_written, rng):
+    """Demonstrations -> batch with the keys of a rollout, K = --chunk.
+
+    is_written: the chain id by id and without noise, K = 1: supervised chains of thought.
+    """
+    device = policy.lm.device
+    size = 1 if is_written else cfg.chunk  # K
+    noise_scale = 0.0 if is_written else cfg.sft_noise
+    rows = []
+    latents = []  # latent steps of each row
+    for problem in chosen:
+        chunks = problem["chunks"]
+        if is_written:
+            chunks = [[i] for i in problem["chain_ids"]]
+        latents.append(len(chunks))
+        chunks = chunks + [[i] for i in problem["answer_ids"]]
+        padded = [chunk + [-1] * (size - len(chunk)) for chunk in chunks]
+        rows.append(torch.tensor(padded, device=device))
+    ids = nn.utils.rnn.pad_sequence(rows, True, -1)  # [B, T, K], -1: none
+    in_chunk = ids >= 0
+    ids = ids.clamp(min=0)
+    weights = in_chunk / in_chunk.sum(-1, keepdim=True).clamp(min=1)
+    noise = noise_scale * gumbel_like(weights, rng)
+    scores = (weights + 1e-10).log() + noise.clamp(-LOW, HIGH)  # padding stays below -20
+    exists = in_chunk[..., 0]
+    positions = torch.arange(ids.shape[1], device=device)
+    latent_mask = positions < torch.tensor(latents, device=device)[:, None]
+    prompts = [problem["prompt_ids"] for problem in chosen]
+    prompt_ids, prompt_mask = left_pad(prompts, policy.lm.pad_id, device)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[..., 0],
+        "completion_mask": exists,
+        "lengths": exists.sum(1),
+        "loss_mask": exists,
+        "latent_mask": latent_mask,
+        "topk_ids": ids,
+        "topk_scores": scores}
 
 
 def soft_label_loss(logprobs, weights, latent_mask):
-    """KL(label || policy) of the latent tokens, mean over those of a row: [B, T, K] -> [B].
+    """KL(label || policy) of the latent steps, mean over those of a row: [B, T, K] -> [B].
 
     weights: the noisy label, the same draw as the input, a constant; logprobs: full vocabulary. A
     one-hot label (chunks of 1, no noise) makes it the cross entropy of the written chain.
@@ -534,125 +606,74 @@ def soft_label_loss(logprobs, weights, latent_mask):
     return (kl * latent_mask).sum(1) / latent_mask.sum(1).clamp(min=1)
 
 
-def check_start(policy, tokenizer, problems, cfg, step):
-    """What RL needs from its start, on up to 256 problems -> metrics row; warns if it is missing.
+def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
+    """One supervised update -> (metrics row, no records).
+
+    Loss: soft_label_loss, mean over all demonstrations, plus the cross entropy of marker, answer
+    and EOS, mean over all these tokens. The first --cot_steps updates read written chains, and with
+    --no-latent all of them do.
+    """
+    started = time.time()
+    world_size = dist.get_world_size()
+    chosen = next_problems(problems, cfg.sft_batch, (cfg.seed, "sft"), step)
+    rng = make_rng(policy.lm.device, cfg.seed, "sft", step, dist.get_rank())
+    is_written = not cfg.latent or step < cfg.cot_steps
+    batch = demonstrate(chosen, policy, cfg, is_written, rng)
+    is_token = batch["loss_mask"] & ~batch["latent_mask"]
+    num_tokens = all_reduce(int(is_token.sum()))  # of all ranks
+
+    policy.train()
+    sums = [0.0, 0.0]  # kl, ce
+    pieces = micro_batches(batch, range(len(chosen)), cfg.micro_batch, cfg.max_tokens)
+    for piece in pieces:
+        micro = select_rows(batch, piece)
+        ddp_policy.require_backward_grad_sync = piece is pieces[-1]
+        outputs = ddp_policy(micro, labels=True)
+        latent_mask = micro["latent_mask"]
+        weights = mixture_weights(micro["topk_scores"], cfg.latent_tau)
+        kl = soft_label_loss(outputs["kept"], weights, latent_mask).sum() / cfg.sft_batch
+        ce = -outputs["logprobs"][micro["loss_mask"] & ~latent_mask].sum() / num_tokens
+        ((kl + ce) * world_size).backward()  # DDP averages, but the losses count all ranks
+        sums[0] += kl.item()
+        sums[1] += ce.item()
+    kl, ce = all_reduce(sums)
+
+    grad_norm = optimizer_step(optimizer, cfg, step)
+    if grad_norm is None:
+        kl = ce = None  # they may be NaN, which JSON does not have
+    row = {
+        "kind": "train", "step": step + 1,
+        "kl": kl,
+        "ce": ce,
+        "grad_norm": grad_norm,
+        "skipped": int(grad_norm is None),
+        "lr": cfg.lr * lr_factor(step, cfg),
+        "seconds": time.time() - started}
+    return row, []
+
+
+def check_start(policy, problems, cfg, step):
+    """What RL needs from its start, on up to 256 problems -> metrics; warns if it is missing.
 
     Thoughts that end in one marker (exit rate), under noise, and some right ones among 8 samples
     (pass@8): clearly more than with an empty thought (floor), or there is nothing to reinforce.
     """
-    rng = make_rng(policy.table.weight.device, cfg.seed, "check", step, dist.get_rank())
-    modes = {"clean": dict(greedy=True, num_samples=1), "noisy": dict(greedy=False, num_samples=8),
-             "floor": dict(greedy=False, num_samples=8, floor=True)}
-    problems, configs = problems[:256], [dataclasses.replace(cfg, **m) for m in modes.values()]
-    found = {name: evaluate(policy, tokenizer, problems, changed, rng)
-             for name, changed in zip(modes, configs)}
-    row = {**found["clean"], "exit_rate": found["noisy"]["format_ok"]}
+    rng = make_rng(policy.lm.device, cfg.seed, "check", step, dist.get_rank())
+    found = {}
     for name in ("noisy", "floor"):
-        right = torch.tensor([r["correct"] for r in found[name]["records"]]).view(-1, 8)
-        row[f"{name}_accuracy"] = found[name]["accuracy"]
-        row[f"{name}_pass@8"] = right.any(1).float().mean().item()
-    del row["records"]
+        sampled = dataclasses.replace(cfg, greedy=False, num_samples=8, floor=name == "floor")
+        result = evaluate(policy, policy.tokenizer, problems[:256], sampled, rng)
+        correct = torch.tensor([record["correct"] for record in result["records"]]).view(-1, 8)
+        found[f"{name}_accuracy"] = result["accuracy"]
+        found[f"{name}_pass@8"] = correct.any(1).float().mean().item()
+        if name == "noisy":
+            found["exit_rate"] = result["format_ok"]
     if dist.get_rank() == 0:
-        print("start of RL: " + "  ".join(f"{name} {row[name]:.3f}" for name in (
-            "accuracy", "noisy_accuracy", "floor_accuracy", "noisy_pass@8", "floor_pass@8",
-            "exit_rate")))
-        if row["exit_rate"] < 0.95 or row["noisy_pass@8"] < row["floor_pass@8"] + 0.1:
-            warn("a weak start for RL: want an exit rate of 0.95 and a noisy pass@8 clearly above "
-                 "that of the floor (no thought); a new run with more --sft_steps may have it")
-    return row
-
-
-def sft_gradients(policy, batch, cfg):
-    """Add this rank's share of the gradient, for each micro-batch -> both losses, of all ranks.
-
-    soft_label_loss, mean over all demonstrations of the step, and the cross entropy of marker,
-    answer and EOS, mean over all these tokens.
-    """
-    num_answers = all_reduce(int((batch["loss_mask"] & ~batch["latent_mask"]).sum()))
-    sums = torch.zeros(2, dtype=torch.float64)
-    for rows in micro_batches(batch, range(len(batch["lengths"])), cfg.micro_batch, cfg.max_tokens):
-        micro = select_rows(batch, rows)
-        latent = micro["latent_mask"]
-        with autocast(policy.lm):
-            kept, logprobs, _ = policy.score(policy.lm, micro)
-        weights = (micro["topk_scores"] / cfg.latent_tau).softmax(-1)
-        kl = soft_label_loss(kept, weights, latent).sum() / cfg.sft_batch
-        ce = -logprobs[micro["loss_mask"] & ~latent].sum() / num_answers
-        (kl + ce).backward()
-        sums += torch.tensor([kl.item(), ce.item()], dtype=torch.float64)
-    return all_reduce(sums.tolist())
-
-
-def latent_sft(policy, tokenizer, problems, eval_problems, settings, cfg):
-    """Supervised stage, in its own run folder -> last metrics row ({} if it was complete already).
-
-    The first --cot_steps steps read single ids without noise: plain supervised chains, as all do
-    with --no-latent. Inputs are the labels, with their noise, never the model's own mixtures.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    folder = Path(cfg.out_dir) if cfg.stage == "sft" else Path(cfg.out_dir) / "sft"
-    cfg = dataclasses.replace(
-        cfg, steps=cfg.sft_steps, lr=cfg.sft_lr, warmup_steps=round(0.05 * cfg.sft_steps))
-    groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
-    trained = [p for group in groups for p in group["params"]]
-    state, newest, row = {"stage": "sft", "step": 0}, latest_checkpoint(folder), {}
-    if newest:
-        state = load_checkpoint(newest, policy, optimizer, settings, CAN_CHANGE)
-    if state["step"] == cfg.steps and folder != Path(cfg.out_dir):
-        return row
-    demonstrations, is_digits = read_demonstrations(problems, tokenizer, policy, cfg)
-    dist.barrier()  # all ranks have looked for the checkpoint
-    if rank == 0:
-        print(f"supervised stage: steps {state['step']} to {cfg.steps}, in {folder}", flush=True)
-        open_run(folder, settings, __file__, state["step"])
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc="supervised", disable=rank > 0 or None)
-    for step in range(state["step"], cfg.steps):
-        policy.train()
-        plain = not cfg.latent or step < cfg.cot_steps
-        size, noise_scale = (1, 0.0) if plain else (cfg.chunk, cfg.sft_noise)
-        indices = batch_indices(len(demonstrations), cfg.sft_batch, (cfg.seed, "sft"), step)
-        rng = make_rng(policy.table.weight.device, cfg.seed, "sft", step, rank)
-        chosen = [demonstrations[i] for i in indices[rank::world_size]]
-        batch = demonstrate(chosen, policy, cfg, size, noise_scale, is_digits, rng)
-        kl, ce = sft_gradients(policy, batch, cfg)
-        for p in trained if world_size > 1 else []:  # shares of the global means: to be summed
-            dist.all_reduce(p.grad)
-        grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
-        if not math.isfinite(grad_norm):  # the same on all ranks
-            raise SystemExit(f"supervised step {step + 1}: no finite gradient; lower --sft_lr")
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-        state = {"stage": "sft", "step": step + 1}
-        row = {"kind": "train", "step": step + 1, "kl": kl, "ce": ce, "grad_norm": grad_norm}
-        if rank == 0:
-            bar.update()
-            bar.set_postfix_str(f"kl {kl:.3f}  ce {ce:.3f}")
-            if (step + 1) % 20 == 0:
-                log_rows(folder, row, [])
-        stopping = stop_agreed() or (cfg.stage == "sft" and step + 1 == cfg.stop_after)
-        if stopping or (step + 1) % cfg.sft_save_every == 0 or step + 1 == cfg.steps:
-            saved = rank > 0 or save_checkpoint(
-                folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
-            if not all_reduce(saved, dist.ReduceOp.MIN):
-                raise SystemExit(f"{folder}: the checkpoint could not be written")
-        if stopping:
-            break
-    bar.close()
-    if state["step"] == cfg.steps and not stop_agreed():
-        row = {"kind": "eval", "step": cfg.steps,
-               **check_start(policy, tokenizer, eval_problems, cfg, cfg.steps)}
-    if signum := stop_agreed():
-        raise SystemExit(128 + signum)
-    if rank == 0 and row.get("kind") == "eval":
-        log_rows(folder, row, [])
-    if rank == 0:
-        print(f"supervised stage: done up to step {state['step']} of {cfg.steps}; more steps: "
-              f"--resume auto; RL from it: --stage rl --model {folder}", flush=True)
-    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
-    return row
+        print("start of RL: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    if found["exit_rate"] < 0.95 or found["noisy_pass@8"] < found["floor_pass@8"] + 0.1:
+        warn("a weak start for RL: want an exit rate of 0.95 and a noisy pass@8 clearly above "
+             "that of the floor (no thought); a new run with more --sft_steps may have it")
+    return found
 
 
 # === 3. rollout ===================================================================================
@@ -735,11 +756,64 @@ def reward(record):
     return float(record["correct"] and record["format_ok"])
 
 
+def join_batches(batches):
+    """Stack batches of different widths: prompts padded on the left, completions on the right."""
+    joined = {}
+    for name, value in batches[0].items():
+        rows = [row for batch in batches for row in batch[name]]
+        if value.dim() == 1:
+            joined[name] = torch.stack(rows)
+        else:
+            side = "left" if name.startswith("prompt") else "right"
+            joined[name] = nn.utils.rnn.pad_sequence(rows, True, padding_side=side)
+    return joined
+
+
+def dead_groups(batch, cfg):
+    """Which groups have equal rewards, and so no advantages -> [N] bool."""
+    groups = batch["rewards"].view(-1, cfg.group_size)
+    return groups.amin(1) == groups.amax(1)
+
+
+def replace_dead_groups(policy, problems, batch, records, cfg, step):
+    """Replace groups of equal rewards by further draws -> (batch, records of all that was drawn).
+
+    A draw is as large as this rank's share of a step. Each rank draws until all its groups are
+    live, at most --max_extra_rollouts times, with no collective in here. The size of the batch
+    stays: where live groups are too few, the first dead ones fill it.
+    """
+    device = batch["rewards"].device
+    rank = dist.get_rank()
+    num_groups = len(dead_groups(batch, cfg))
+    draw = 0
+    while dead_groups(batch, cfg).any() and draw < cfg.max_extra_rollouts and not stop_requested():
+        draw += 1
+        rng = make_rng("cpu", cfg.seed, "extra problems", step, rank, draw)
+        indices = torch.randint(len(problems), (num_groups,), generator=rng).tolist()
+        chosen = [problems[i] for i in indices]
+        prompts = [problem["prompt_ids"] for problem in chosen]
+        rng = make_rng(device, cfg.seed, "rollout", step, rank, draw)
+        extra = rollout(policy, prompts, cfg, rng, cfg.group_size)
+        extra_records = grade(extra, chosen, policy.tokenizer, cfg.answer_marker)
+        for record in extra_records:
+            record["reward"] = reward(record)
+        extra["rewards"] = torch.tensor([r["reward"] for r in extra_records], device=device)
+        records = records + extra_records
+
+        batch = join_batches([batch, extra])
+        live_first = dead_groups(batch, cfg).int().argsort(stable=True)
+        best = live_first[:num_groups].sort().values
+        rows = torch.arange(len(batch["rewards"]), device=device).view(-1, cfg.group_size)
+        batch = select_rows(batch, rows[best].view(-1))
+    return batch, records
+
+
 def group_advantages(rewards, group_size, eps=1e-4):
     """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
     centred = groups - groups.mean(1, keepdim=True)
-    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    # In a group of equal rewards rounding leaves a difference to the mean: exactly 0 instead.
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
     return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
@@ -772,28 +846,36 @@ def first_token_winner(path_scores, correct, valid):
 def compute_advantages(batch, cfg):
     """Advantages of the completions, at every position that was sampled -> [B, T].
 
-    Without the method's devices (the flags, or --no-latent) one number per completion. The score of
-    a path is its mean log-prob in the rollout [eq. 18].
+    Without the method's devices it is one number per completion. The score of a path is its mean
+    log-prob in the rollout [eq. 18].
     """
-    rewards, mask = batch["rewards"], batch["loss_mask"]
-    valid = batch["lengths"] < cfg.max_completion_length  # [eq. 9]
-    advantages = group_advantages(rewards, cfg.group_size)
+    rewards = batch["rewards"]
+    mask = batch["loss_mask"]
+    advantages = group_advantages(rewards, cfg.group_size)  # [B]
+    if not cfg.latent or cfg.dry_run:  # in a dry run all are cut off
+        return advantages[:, None] * mask
+    valid = batch["lengths"] < cfg.max_completion_length  # [B] [eq. 9]
     groups = torch.arange(len(rewards), device=rewards.device).view(-1, cfg.group_size)
-    if cfg.latent and cfg.mask_invalid and not cfg.dry_run:  # there, all are cut off
-        advantages = torch.cat([valid_advantages(rewards[g], valid[g]) for g in groups])
-    advantages = advantages[:, None] * mask
-    path_scores = (batch["rollout_logprobs"] * mask).sum(1) / mask.sum(1).clamp(min=1)
-    for group in groups if cfg.latent and cfg.first_token_selection else []:
-        winner = first_token_winner(path_scores[group], rewards[group] > 0, valid[group])
-        if winner is not None:  # eq. 20 silences wrong completions too, as the released code does
-            advantages[group[group != group[winner]], 0] = 0
+    if cfg.mask_invalid:
+        for group in groups:
+            advantages[group] = valid_advantages(rewards[group], valid[group])
+    advantages = advantages[:, None] * mask  # [B, T]
+    if cfg.first_token_selection:
+        path_scores = (batch["rollout_logprobs"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        for group in groups:
+            winner = first_token_winner(path_scores[group], rewards[group] > 0, valid[group])
+            if winner is not None:  # eq. 20 silences wrong completions too, as the released code
+                others = group[group != group[winner]]
+                advantages[others, 0] = 0
     return advantages
 
 
 def loss_weights(batch, cfg):
-    """The reduction: mean over completions, of all ranks, of the mean over positions -> [B, T]."""
-    counts = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-    return batch["loss_mask"] / (counts * all_reduce(len(counts)))
+    """Weight of each position in the loss -> [B, T]: the mean over positions of each completion,
+    then the mean over the completions of all ranks."""
+    num_positions = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    num_completions = all_reduce(len(num_positions))
+    return batch["loss_mask"] / (num_positions * num_completions)
 
 
 # === 5. evaluation ================================================================================
@@ -856,6 +938,8 @@ def train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step):
     for record in records:
         record["reward"] = reward(record)
     batch["rewards"] = torch.tensor([r["reward"] for r in records], device=device)
+    if cfg.max_extra_rollouts > 0:
+        batch, records = replace_dead_groups(policy, problems, batch, records, cfg, step)
     if stop_agreed():
         return None, None  # the rollout is dropped; a resumed run repeats it with the same noise
     rollout_seconds = time.time() - started
@@ -964,6 +1048,7 @@ def optimizer_step(optimizer, cfg, step):
 def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
+    cfg = dataclasses.replace(cfg, stage="rl", max_extra_rollouts=0)
     for problem in problems:
         repeated = problem["prompt_ids"] * cfg.max_prompt_length
         problem["prompt_ids"] = repeated[: cfg.max_prompt_length]
@@ -1003,6 +1088,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             started = time.time()
             rng = make_rng(device, cfg.seed, "eval", step, rank)
             result = evaluate(policy, policy.tokenizer, eval_problems, cfg, rng)
+            if cfg.check_start and (cfg.stage, step) in (("sft", cfg.steps), ("rl", 0)):
+                result.update(check_start(policy, eval_problems, cfg, step))
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records = result.pop("records")
@@ -1049,6 +1136,7 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
 def main(argv=None):
     """Load, train, evaluate -> the last evaluation (metrics, without its records)."""
     cfg = parse_config(argv)
+    check_trainable(cfg)
     out_dir = Path(cfg.out_dir)
     resumed, lock = None, None
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
@@ -1087,6 +1175,8 @@ def main(argv=None):
                 return result
         settings["start_sha"] = weights_fingerprint(lm)
     reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
+    if cfg.kl_coef > 0 and cfg.stage == "all" and cfg.lora_rank > 0:
+        reference = frozen_copy(lm)  # without its adapters it would be the model before the start
     return train(policy, reference, problems, eval_problems, settings, cfg, resumed)
 
 

@@ -58,7 +58,7 @@ def test_with_the_paper_s_ste_every_kept_logprob_moves_with_the_advantage(advant
 def test_gradient_on_the_logits_is_eq_35_to_37():
     z = torch.randn(12, dtype=torch.float64, requires_grad=True)
     noise = script.one_sided_noise(gumbel_like(z, make_rng("cpu", 0)).double())
-    ids, scores, _ = script.latent_step(z.detach()[None], noise[None], 4, 0.95, 1.0)
+    ids, scores = script.latent_step(z.detach()[None], noise[None], 4, 0.95)
     script.latent_logprob(scores[0], torch.log_softmax(z, -1)[ids[0]], "paper").backward()
     d = scores[0] - torch.log_softmax(z, -1)[ids[0]]
     alpha, p = (1 - torch.exp(-d)).abs().detach(), z.softmax(-1).detach()
@@ -72,7 +72,6 @@ def test_gradient_on_the_logits_is_eq_35_to_37():
 def test_noise_is_clipped_shifted_and_scaled():
     g = torch.tensor([-9.0, -1.5, 0.0, 3.0, 9.0])
     assert script.one_sided_noise(g).tolist() == [0.0, 0.0, 1.5, 4.5, 4.5]
-    assert script.one_sided_noise(g, 1.0, 2.0, 0.5).tolist() == [0.5, 0.5, 1.5, 3.5, 3.5]
     cfg = script.Config(**{**script.PRESETS["tiny"], "noise_scale": 2.0})
     logits = torch.zeros(99, 99)
     high = script.draw_noise(logits, cfg, make_rng("cpu", 0))
@@ -89,11 +88,13 @@ def test_noise_is_clipped_shifted_and_scaled():
 
 def test_the_shift_changes_scores_and_nothing_else():
     logits, g = torch.randn(64, 30) * 2, gumbel_like(torch.zeros(64, 30), make_rng("cpu", 1))
-    ids, scores, weights = script.latent_step(logits, g.clamp(-1.5, 3.0), 5, 0.95, 0.7)
-    same, shifted, equal = script.latent_step(logits, script.one_sided_noise(g), 5, 0.95, 0.7)
+    ids, scores = script.latent_step(logits, g.clamp(-1.5, 3.0), 5, 0.95)
+    same, shifted = script.latent_step(logits, script.one_sided_noise(g), 5, 0.95)
+    weights = script.mixture_weights(scores, 0.7)
     assert torch.equal(ids, same)
     torch.testing.assert_close(shifted, scores + 1.5)
-    torch.testing.assert_close(weights, equal, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        weights, script.mixture_weights(shifted, 0.7), rtol=1e-4, atol=1e-6)
     assert (scores.diff() <= 0).all() and weights.sum(-1).allclose(torch.ones(64))
 
 
@@ -102,12 +103,13 @@ def test_candidates_are_the_nucleus_and_the_likeliest_k():
     seen = [set(), set()]
     for seed in range(200):
         noise = gumbel_like(logits, make_rng("cpu", seed))
-        ids, _, _ = script.latent_step(logits, noise, 3, 0.9, 1.0)
+        ids, _ = script.latent_step(logits, noise, 3, 0.9)
         for row in range(2):
             seen[row].add(tuple(sorted(ids[row].tolist())))
     assert seen[0] == {(0, 1, 2)}  # the nucleus holds 2: noise only changes the weights
     assert len(seen[1]) == 20  # the nucleus holds all 6: every set of 3
-    ids, scores, weights = script.latent_step(logits, None, 6, 0.9, 1.0)
+    ids, scores = script.latent_step(logits, None, 6, 0.9)
+    weights = script.mixture_weights(scores, 1.0)
     torch.testing.assert_close(weights, logits.softmax(-1).gather(1, ids))
     table = torch.randn(6, 8)
     torch.testing.assert_close(top_k_mixture(ids, weights, table), logits.softmax(-1) @ table)
@@ -179,7 +181,7 @@ def test_the_floor_forces_the_marker_and_scores_only_what_follows():
 def test_a_large_vocabulary_is_only_sorted_as_far_as_the_nucleus_needs(spread):
     logits, noise = spread * torch.randn(5, 3000), torch.randn(5, 3000)
     logits[0] *= 10  # one row alone is sure
-    ids, scores, _ = script.latent_step(logits, noise, 4, 0.95, 1.0)
+    ids, scores = script.latent_step(logits, noise, 4, 0.95)
     logprobs, order = logits.log_softmax(-1).sort(-1, descending=True)
     outside = logprobs.exp().cumsum(-1) - logprobs.exp() >= 0.95
     outside[:, :4] = False

@@ -1,5 +1,6 @@
 """The supervised stage: labels, loss, its files, and runs through both stages, resumed anywhere."""
 
+import dataclasses
 import json
 
 import pytest
@@ -52,8 +53,9 @@ def test_chunks_never_hold_two_digits_side_by_side(text, size, chunks):
 
 def test_a_demonstration_is_laid_out_like_a_rollout():
     policy, cfg, tokenizer = built()
-    problems, is_digits = demonstrations(policy, cfg, tokenizer)
-    batch = script.demonstrate(problems, policy, cfg, 2, 0.0, is_digits, make_rng("cpu", 0))
+    problems = demonstrations(policy, cfg, tokenizer)
+    still = dataclasses.replace(cfg, sft_noise=0.0)
+    batch = script.demonstrate(problems, policy, still, False, make_rng("cpu", 0))
     for row, problem in enumerate(problems):
         latents, length = 2 * len(problem["steps"]), int(batch["lengths"][row])
         assert int(batch["latent_mask"][row].sum()) == latents == length - 3
@@ -62,7 +64,7 @@ def test_a_demonstration_is_laid_out_like_a_rollout():
         embeds = policy.completion_embeds(batch)[row]
         pairs = policy.table(torch.tensor(problem["chain_ids"])).view(latents, 2, -1)
         torch.testing.assert_close(embeds[:latents], pairs.mean(1))
-    noisy = script.demonstrate(problems, policy, cfg, 2, 1.0, is_digits, make_rng("cpu", 0))
+    noisy = script.demonstrate(problems, policy, cfg, False, make_rng("cpu", 0))
     gap = (noisy["topk_scores"] - batch["topk_scores"])[batch["latent_mask"]]
     assert gap.min() >= -1.5 - 1e-5 and gap.max() <= 3 + 1e-5 and gap.std() > 0.5
     assert torch.equal(noisy["topk_ids"], batch["topk_ids"])
@@ -70,9 +72,9 @@ def test_a_demonstration_is_laid_out_like_a_rollout():
 
 def test_loss_of_single_ids_without_noise_is_the_cross_entropy_of_the_chain():
     policy, cfg, tokenizer = built()
-    problems, is_digits = demonstrations(policy, cfg, tokenizer)
-    batch = script.demonstrate(problems, policy, cfg, 1, 0.0, is_digits, make_rng("cpu", 0))
-    outputs = policy(batch)
+    problems = demonstrations(policy, cfg, tokenizer)
+    batch = script.demonstrate(problems, policy, cfg, True, make_rng("cpu", 0))
+    outputs = policy(batch, labels=True)
     weights = batch["topk_scores"].softmax(-1)
     kl = script.soft_label_loss(outputs["kept"], weights, batch["latent_mask"])
     for row, problem in enumerate(problems):
@@ -94,8 +96,8 @@ def test_soft_label_loss_is_the_forward_kl_with_a_flat_optimum_and_does_not_mix_
     assert loss.shape == (1,) and abs(loss.item()) < 1e-12
     assert torch.autograd.grad(loss.sum(), logits)[0].abs().max() < 1e-12
     policy, cfg, tokenizer = built()
-    problems, is_digits = demonstrations(policy, cfg, tokenizer)
-    batch = script.demonstrate(problems, policy, cfg, 2, 1.0, is_digits, make_rng("cpu", 0))
+    problems = demonstrations(policy, cfg, tokenizer)
+    batch = script.demonstrate(problems, policy, cfg, False, make_rng("cpu", 0))
     found = []
     for part in (batch, *(select_rows(batch, [row]) for row in range(6))):
         weights = part["topk_scores"].softmax(-1)
@@ -108,7 +110,7 @@ def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(caps
     chains = [{"solution": "1+2"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
               {"solution": "1" * 50}]
     problems = [{**PROBLEM, **c, "prompt_ids": [1]} for c in chains]
-    kept, _ = script.read_demonstrations(problems, tokenizer, policy, cfg)
+    kept = script.read_demonstrations(problems, tokenizer, policy, cfg)
     assert [tokenizer.decode(p["chain_ids"]) for p in kept] == ["1+2", "1 2"]  # real data: spaces
     assert "3 of 5 problems demonstrate nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -116,14 +118,38 @@ def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(caps
     assert "--stage rl" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ends, taught", [((4, 2), 2), ((2, 4), 2), ((4, 5), 4)])
+def test_demonstrations_end_with_the_end_of_the_tokenizer(ends, taught):
+    """A model may know several ends; its template ends a turn with the tokenizer's own."""
+    policy, cfg, tokenizer = built(eos=ends)
+    kept = demonstrations(policy, cfg, tokenizer)
+    assert {problem["answer_ids"][-1] for problem in kept} == {taught}
+
+
+def test_a_dry_run_of_the_supervised_stage_measures_one_rollout_and_update(
+        model, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "replace_dead_groups", None)  # draws nothing more
+    more = f"--stage sft --dry_run --max_extra_rollouts 2 {SHORT}"
+    row = train("latent_grpo", flags(model, tmp_path / "run", more))
+    assert row["length"] == 16 and not (tmp_path / "run").exists()
+
+
+def test_a_supervised_update_without_a_finite_gradient_is_skipped(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "soft_label_loss", lambda kept, *_: kept.sum() * float("nan"))
+    stop = train("latent_grpo", flags(model, tmp_path / "run", f"--stage sft {SHORT}"))
+    skipped = rows(tmp_path / "run", "train")
+    assert [row["skipped"] for row in skipped] == [1] * 4 and isinstance(stop, dict)
+    assert skipped[0]["kl"] is None and skipped[0]["grad_norm"] is None
+
+
 def test_a_supervised_run_stopped_and_resumed_is_the_uninterrupted_one(model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = f"--stage sft --cot_steps 1 {SHORT}"
+    more = f"--stage sft --check_start --cot_steps 1 {SHORT}"
     result = train("latent_grpo", flags(model, whole, more))
     assert {"exit_rate", "noisy_pass@8", "floor_accuracy", "accuracy"} <= set(result)
     train("latent_grpo", flags(model, parts, f"{more} --stop_after 3"))
     state = torch.load(parts / "step_000003" / "trainer.pt", weights_only=True)
-    assert (state["stage"], state["step"]) == ("sft", 3)
+    assert state["step"] == 3
     assert train("latent_grpo", flags(model, parts, f"{more} --resume auto")) == result
     assert differences(whole / "step_000004", parts / "step_000004") == []
     assert rows(whole, "eval") == rows(parts, "eval")
@@ -149,7 +175,7 @@ def stopping(monkeypatch, call):
     def clip_and_signal(*args):
         calls.append(0)
         if len(calls) == call:
-            script.SIGNALS.append(15)
+            common.SIGNALS.append(15)
         return clip(*args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
@@ -204,7 +230,11 @@ def test_the_supervised_model_goes_on_with_rl_and_knows_its_preset(model, tmp_pa
 @pytest.mark.parametrize("more, words", [
     ("--stage both", "--stage both sft rl all"), ("--ste biased", "--ste paper released none"),
     ("--latent_end never", "--latent_end clean"), ("--latent_tau 0", "--latent_tau 0.0"),
-    ("--latent_end clean --latent_top_k 1", "--latent_top_k 2")])
+    ("--latent_end clean --latent_top_k 1", "--latent_top_k 2"),
+    ("--chunk 0", "--chunk 0 1"), ("--minibatches 0", "--minibatches 0 1"),
+    ("--sft_steps 0", "--sft_steps 0 1"), ("--sft_batch 0", "--sft_batch 0 1"),
+    ("--deterministic --device cuda", "--deterministic cumsum"),
+    ("--floor", "--floor not trained"), ("--noise_scale 0", "--noise_scale 0 not trained")])
 def test_wrong_settings_are_refused(model, tmp_path, capsys, more, words):
     assert train("latent_grpo", flags(model, tmp_path / "run", more)) == 2
     line, = capsys.readouterr().err.splitlines()

@@ -1,5 +1,6 @@
 """Latent-GRPO's advantages, clip, KL and gradients; several updates on one rollout."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -185,8 +186,8 @@ def test_the_kl_term_pulls_back_what_moved_and_leaves_the_rest(one_sided):
     kept = torch.tensor([[-2.0, -1.0]]).expand(size, -1).clone().requires_grad_()
     batch = {"topk_scores": kept.detach() + 0.5 * noise, "latent_mask": torch.ones(size).bool(),
              "loss_mask": torch.ones(size).bool()}
-    now = script.Policy.unshifted(policy, kept, torch.zeros(size), batch)
-    batch["ref_logprobs"] = script.Policy.unshifted(
+    now = script.Policy.kl_logprobs(policy, kept, torch.zeros(size), batch)
+    batch["ref_logprobs"] = script.Policy.kl_logprobs(
         policy, kept.detach() + torch.tensor([1.0, 0.0]), torch.zeros(size), batch)
     script.kl_estimate({"kl_logprobs": now}, batch).mean().backward()
     pull = -kept.grad.sum(0)
@@ -219,19 +220,22 @@ def test_old_logprobs_of_several_updates_are_those_before_the_first(monkeypatch)
     policy, cfg, batch = rollout(update_epochs=2, minibatches=2, num_prompts=4, micro_batch=3,
                                  noise_scale=0.3)
     del batch["advantages"], batch["weights"]
-    monkeypatch.setattr(script, "collect_batch", lambda *args: (dict(batch), [
-        {"reward": r, "correct": r, "format_ok": 1, "length": n, "latent_steps": 1, "truncated": 0}
-        for r, n in zip(batch["rewards"].tolist(), batch["lengths"].tolist())]))
+    records = [{"correct": r, "format_ok": 1, "length": n, "latent_steps": 1, "truncated": 0}
+               for r, n in zip(batch.pop("rewards").tolist(), batch["lengths"].tolist())]
+    monkeypatch.setattr(script, "rollout", lambda *args: dict(batch))
+    monkeypatch.setattr(script, "grade", lambda *args: records)
     before, seen, update = score(policy, batch), [], script.update
 
     def spy(policy, ddp, reference, optimizer, part, *rest):
-        seen.append({n: part[n] for n in ("old_logprobs", "prompt_ids", "lengths")})
-        update(policy, ddp, reference, optimizer, part, *rest)
+        if "old_logprobs" in part:
+            seen.append({n: part[n] for n in ("old_logprobs", "prompt_ids", "lengths")})
+        return update(policy, ddp, reference, optimizer, part, *rest)
 
     monkeypatch.setattr(script, "update", spy)
-    groups = [{**g, "initial_lr": 0.02} for g in script.param_groups(policy, cfg)]
-    optimizer = torch.optim.AdamW(groups)
-    row, _ = script.train_step(policy, policy, None, optimizer, None, [None], cfg, 50)
+    cfg.lr = 0.02
+    optimizer = torch.optim.AdamW(script.param_groups(policy, cfg))
+    problems = [{"prompt_ids": [1]}]
+    row, _ = script.train_step(policy, policy, None, optimizer, problems, cfg, 50)
     assert len(seen) == 4 and row["ratio_max"] > 1.01 and row["crossed_frac"] > 0
     for number, part in enumerate(seen):  # two passes over two halves of whole groups
         rows = range(number % 2 * 8, number % 2 * 8 + 8)
@@ -247,3 +251,49 @@ def test_the_path_score_is_a_mean_over_positions():
              "rollout_logprobs": torch.tensor([-1.0, -0.8, -0.1])[:, None] * mask}
     first = script.compute_advantages(batch, cfg)[:, 0].tolist()  # sums: -2, -3.2; means -1, -0.8
     assert first[0] == first[2] == 0 < first[1]
+
+
+def filtered(monkeypatch, reward, **changes):
+    """replace_dead_groups on 4 groups of 3 -> their batch and records, the new ones, and cfg."""
+    _, policy, cfg = build("latent_grpo", group_size=3, max_extra_rollouts=3, **changes)
+    numbers = itertools.count()
+    monkeypatch.setattr(script, "reward", lambda record: reward(next(numbers)))
+    problems = [{"question": str(p), "answer": "7", "prompt_ids": p} for p in PROMPTS]
+    batch = draw(script, policy, cfg, group_size=3)
+    records = script.grade(batch, problems, policy.tokenizer, "7")
+    for record in records:
+        record["reward"] = script.reward(record)
+    batch["rewards"] = torch.tensor([record["reward"] for record in records])
+    found = script.replace_dead_groups(policy, problems, batch, records, cfg, 5)
+    return batch, records, *found, cfg, policy
+
+
+def test_extra_rollouts_replace_groups_of_equal_rewards(monkeypatch):
+    """Groups 1, 4, 7, 10, 13 are live: one of the first draw, then two, then one, in this order."""
+    batch, records, found, graded, cfg, policy = filtered(
+        monkeypatch, lambda n: float(n // 3 % 3 == 1 and n % 3 == 0))
+    assert graded[:12] == records and len(graded) == 3 * 12
+    live = [record for n, record in enumerate(graded) if n // 3 in (1, 4, 7, 10)]
+    assert found["lengths"].tolist() == [record["length"] for record in live]
+    assert found["rewards"].view(4, 3).tolist() == [[1.0, 0.0, 0.0]] * 4
+    kept = select_rows(batch, [3, 4, 5])  # the live group of the first draw is still there
+    for name, value in select_rows(found, [0, 1, 2]).items():
+        assert torch.equal(value, kept[name]), name
+    gap = (score(policy, found) - found["rollout_logprobs"])[found["loss_mask"]]
+    assert gap.abs().max() <= 1e-5
+
+
+def test_dead_groups_stay_where_too_few_are_live(monkeypatch):
+    batch, records, found, graded, *_ = filtered(monkeypatch, lambda n: float(n == 40))
+    assert len(graded) == 4 * 12  # all draws that are allowed; the group of row 40 is live
+    lengths = [record["length"] for record in graded]
+    assert found["lengths"].tolist() == lengths[:9] + lengths[39:42]
+    assert found["rewards"].tolist() == [0.0] * 10 + [1.0, 0.0]
+
+
+def test_live_groups_and_a_stop_signal_need_no_extra_rollout(monkeypatch):
+    batch, records, found, graded, *_ = filtered(monkeypatch, lambda n: float(n % 3 == 0))
+    assert graded == records and found is batch
+    monkeypatch.setattr(script, "stop_requested", lambda: True)
+    batch, records, found, graded, *_ = filtered(monkeypatch, lambda n: 0.0)
+    assert graded == records and found is batch

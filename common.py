@@ -1369,8 +1369,8 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
 def load_checkpoint(folder, policy, optimizer, settings, free):
     """Restore trained parameters and optimizer -> the saved `state`. Runs no pickled code.
 
-    The policy was built from --model, as for a fresh run: a reference copied from it before this
-    call is the original one, never the resumed policy.
+    optimizer None: only the parameters. The policy was built from --model, as for a fresh run: a
+    reference copied from it before this call is the original one, never the resumed policy.
     """
     saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
     refuse_differences(folder, saved, settings, free)
@@ -1382,7 +1382,9 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     with torch.no_grad():
         for name, value in state.pop("policy").items():
             parameters[name].copy_(value)
-    optimizer.load_state_dict(state.pop("optimizer"))
+    moments = state.pop("optimizer")
+    if optimizer:
+        optimizer.load_state_dict(moments)
     return state
 
 

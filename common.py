@@ -1387,8 +1387,7 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     fresh run: a reference copied from it before this call is the original one, never the resumed
     policy.
     """
-    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
-    refuse_differences(folder, saved, settings, free)
+    refuse_differences(folder, checkpoint_settings(folder), settings, free)
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -1488,8 +1487,7 @@ def find_resume(out_dir, resume, settings, free):
             fail(f"--resume {resume}: {checkpoint_defect(folder)}")
         if folder.resolve() != known[-1]:
             fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
-    saved = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
-    refuse_differences(folder, saved, settings, free)
+    refuse_differences(folder, checkpoint_settings(folder), settings, free)
     return folder, lock
 
 

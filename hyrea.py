@@ -7,28 +7,22 @@ Idea     A chain of thought has steps that the model can foresee (low entropy) a
          the input is the last hidden state, no token. When to switch is learned, by RL too.
 GRPO +   1. the hidden state that decided a position is the next input          next_input
          2. updates recompute latents with gradient, round by round             Policy.hidden
-         3. latents and the forced <end-latent> are no choices: not in the loss Policy.forward
-         4. reward = accuracy + format + use of latents                         reward
+         3. latents and the forced <end-latent> are no choices: not in the loss Policy.score
+         4. reward = accuracy + format + use of latents                         reward_parts
 Start    cold start, section 2b: the k least uncertain steps of written chains  replace_steps
-         are replaced, k and the data grow by the round                         cold_start
+         are replaced, k and the data grow by the round                         round_of
 Differs  what the authors did not publish is ours: docs/hyrea.md tells the two apart.
 Run      python hyrea.py                            # both stages, tiny model, two CPU cores
          python hyrea.py --replace random           # the ablation: any steps, not foreseeable ones
          python hyrea.py --max_replaced_steps 0     # the explicit baseline: written chains, GRPO
 """
 
-import argparse
-import copy
 import dataclasses
-import hashlib
-import inspect
 import math
 import os
 import re
-import signal
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,15 +31,16 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from common import (
-    autocast, candidate_scores, checkpoint_settings, completion_hidden, completion_logprobs,
-    encode_prompts, fail, find_resume, frozen_copy, grade, join_batches, latest_checkpoint,
-    left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
-    lock_run, log_rows, lora_disabled, make_rng, mean, micro_batches, open_run, peak_memory,
-    run_program, save_checkpoint, select_rows, warn, weights_fingerprint)
+    Progress, add_up, all_reduce, autocast, candidate_scores, checkpoint_settings, combine,
+    completion_hidden, completion_logprobs, encode_prompts, fail, find_resume, fingerprint,
+    frozen_copy, gather, grade, largest, latest_checkpoint, left_pad, lm_hidden, lm_logits,
+    load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows, lora_disabled,
+    make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags, peak_memory,
+    record_sums, resolve_config, run_program, save_checkpoint, select_rows, setup_distributed,
+    stop_agreed, stop_requested, summarise, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -54,137 +49,113 @@ METHOD = Path(__file__).stem
 
 @dataclasses.dataclass
 class Config:
-    """Every setting; each is a command-line flag of the same name."""
+    """Every setting; each is a command-line flag of the same name. The values train `tiny`."""
 
-    # model and data
+    # model, data, length of the run
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
-    preset: str = "auto"  # row of PRESETS that sets what is (auto); auto = tiny or paper, by model
-    train: str = "auto"  # problems: arithmetic, a named set (gsm8k), a file, hub:owner/repo/file
+    preset: str = "auto"  # where values start: tiny (as here), paper; auto chooses by the model
+    train: str = "arithmetic-restated:3"  # problems; or a named set (gsm8k), file, hub:OWNER/REPO/F
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
-    answer_marker: str = "auto"  # text that ends the thinking and opens the answer
-    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    answer_marker: str = "</think>"  # text that ends the thinking and opens the answer
+    steps: int = 120  # rollouts, each followed by its updates
     seed: int = 0  # all randomness is a function of it, the step and the rank
-    device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
-    dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
-    deterministic: bool = False  # torch.use_deterministic_algorithms
-    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
-    # rollout
-    steps: int = "auto"  # rollout phases, each followed by its updates
-    num_prompts: int = "auto"  # problems in a step, over all ranks
-    group_size: int = "auto"  # completions per problem, G
-    max_extra_rollouts: int = 0  # further draws a step to replace groups of equal rewards
-    max_prompt_length: int = "auto"  # tokens; longer prompts are dropped and counted
-    max_completion_length: int = "auto"  # tokens, latent steps included
-    temperature: float = "auto"  # of sampling, > 0
-    top_k: int = "auto"  # sample among the k likeliest ids; 0 = all
+    # rollout and update
+    num_prompts: int = 16  # problems in a step, over all ranks
+    group_size: int = 8  # completions per problem, G
+    max_prompt_length: int = 128  # tokens; longer prompts are dropped and counted
+    max_completion_length: int = 40  # tokens, latent steps included
+    temperature: float = 1.0  # of sampling, > 0
+    top_k: int = 0  # sample among the k likeliest ids; 0 = all
     top_p: float = 1.0  # then in this nucleus; 1 = off
-    # update
-    lr: float = "auto"  # AdamW learning rate of the language model
-    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = "auto"  # decoupled, on matrices and gates
-    warmup_steps: int = -1  # linear, of all rates; cosine to 0 follows; -1 = a tenth of steps
-    max_grad_norm: float = "auto"  # the global gradient norm is clipped to it
+    lr: float = 3e-4  # AdamW learning rate of the language model
     clip_eps: float = 0.2  # ratio clip; matters with several updates per rollout
-    kl_coef: float = "auto"  # weight of the KL term, beta; 0 loads no reference
     update_epochs: int = 1  # passes over a rollout
     minibatches: int = 1  # updates in a pass
-    micro_batch: int = "auto"  # sequences in one forward pass on one rank
-    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
-    gradient_checkpointing: bool = False  # recompute layers in backward; not with latents
-    share_prompts: bool = False  # one pass of a prompt for its group; with --replay_latents
-    lora_rank: int = "auto"  # 0 = full fine-tuning; alpha = 2 x rank
-    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
-    # evaluation and records
-    eval_every: int = "auto"  # steps; also before the first and after the last
-    eval_limit: int = "auto"  # problems; 0 = all
-    eval_batch: int = "auto"  # problems decoded together on one rank
-    num_samples: int = 1  # completions per evaluation problem
-    greedy: bool = True  # evaluate with argmax instead of sampling
-    save_every: int = "auto"  # steps; also after the last
-    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
-    print_every: int = 50  # steps between printed sample completions
-    resume: str = ""  # auto = newest valid checkpoint in --out_dir, or the path of the newest
-    stop_after: int = 0  # checkpoint and stop after this step, as on a signal; 0 = off
-    dist_timeout: int = 30  # minutes a rank waits for the slowest one
+    kl_coef: float = 0.0  # weight of the KL term, beta; 0 loads no reference
     # the method
     stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [ours]
-    max_replaced_steps: int = "auto"  # steps a chain may lose, S; 0 = explicit, no latents [ours]
-    latents_per_step: int = "auto"  # latent slots in a span, c; the paper's 8 fails [fig. 7]
+    max_replaced_steps: int = 3  # steps a chain may lose, S; 0 = explicit, no latents [ours]
+    latents_per_step: int = 1  # latent slots in a span, c; the paper's 8 fails [fig. 7]
     replace: str = "entropy"  # or random; all: from the first on, one more a round [stage 1]
     max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
-    latent_rms: bool = "auto"  # scale a latent to the size of an embedding row [ours]
+    latent_rms: bool = False  # scale a latent to the size of an embedding row [ours]
     replay_latents: bool = False  # stored latents, constants: gradient off by 7-49 % (tiny) [ours]
     reward_accuracy: float = 1.0  # weight of a right answer [stage 2; ours]
     reward_format: float = 0.2  # weight of exactly one marker and an end [stage 2; ours]
     reward_latent: float = 0.2  # weight of using latents [stage 2; ours]
     latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
     # the cold start
-    sft_steps: int = "auto"  # updates, over all rounds [ours]
+    sft_steps: int = 800  # updates, over all rounds [ours]
     sft_rounds: int = 10  # each with 1/10 more of the data, one more step replaced [stage 1]
-    sft_batch: int = "auto"  # demonstrations in an update, over all ranks [ours]
-    sft_lr: float = "auto"  # learning rate, cosine after 5 % warm-up [ours]
-    sft_save_every: int = "auto"  # updates of the cold start [ours]
+    sft_batch: int = 64  # demonstrations in an update, over all ranks [ours]
+    sft_lr: float = 2e-3  # learning rate, cosine after 5 % warm-up [ours]
+    sft_save_every: int = 400  # updates between checkpoints of the cold start [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
-    label_ends: bool = "auto"  # label <end-latent> even where it is forced [stage 1; tiny: off]
-    entropy_once: bool = "auto"  # rank steps by the model after round 0, not today's [ours]
+    label_ends: bool = False  # label <end-latent> even where it is forced [stage 1; tiny: off]
+    entropy_once: bool = True  # rank steps by the model after round 0, not by today's [ours]
+    # optimizer and memory
+    adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
+    weight_decay: float = 0.0  # of matrices, decoupled
+    warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
+    max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
+    lora_rank: int = 0  # 0 = full fine-tuning; alpha = 2 x rank
+    train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
+    micro_batch: int = 128  # sequences in one forward pass on one rank
+    max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    gradient_checkpointing: bool = False  # recompute layers in backward; not with latents
+    share_prompts: bool = False  # encode a prompt once for its group; only with --replay_latents
+    # evaluation
+    eval_every: int = 20  # steps; also before the first and after the last
+    eval_limit: int = 512  # problems; 0 = all
+    eval_batch: int = 512  # problems decoded together on one rank
+    num_samples: int = 1  # completions per evaluation problem
+    greedy: bool = True  # evaluate with argmax instead of sampling
+    # the run
+    out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
+    save_every: int = 60  # steps between checkpoints; one is also written at the end
+    keep_checkpoints: int = 2  # the newest stay, older ones are deleted
+    resume: str = ""  # auto goes on from the newest valid checkpoint in --out_dir; or its path
+    stop_after: int = 0  # save and stop after this step, as on a signal; 0 = off
+    device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
+    dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    dist_timeout: int = 30  # minutes a rank waits for the slowest one
+    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        if self.warmup_steps < 0:
-            self.warmup_steps = round(0.1 * self.steps)
-        may_be_0 = ("seed", "max_extra_rollouts", "top_k", "warmup_steps", "max_tokens",
-                    "lora_rank", "eval_limit", "stop_after", "max_replaced_steps",
-                    "latents_per_step")
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_0)
-            if f.type in (int, float) and not value >= least:
-                fail(f"--{f.name} {value}: must be at least {least}")
-        if self.group_size < 2:
-            fail(f"--group_size {self.group_size}: advantages need 2 or more completions a problem")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            fail(f"--temperature {self.temperature}, --top_p {self.top_p}: want > 0 and in (0, 1]")
-        if self.lora_rank and self.train_embeddings:
-            fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
-        if not self.answer_marker:
-            fail("--answer_marker: must not be empty")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            fail(f"--dtype {self.dtype}: must be auto, float32 or bfloat16")
-        if self.device.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-            fail(f"--device {self.device}: must be auto, cuda, mps or cpu")
-        for name, values in (("stage", "sft rl all"), ("replace", "entropy random all"),
-                             ("end_latent", "forced sampled"), ("latent_reward", "any frac")):
-            if getattr(self, name) not in values.split():
-                fail(f"--{name} {getattr(self, name)}: must be one of {values}")
+        counts = ("update_epochs", "minibatches", "sft_steps", "sft_rounds", "sft_batch",
+                  "sft_save_every")
+        resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
+        choices = {"stage": "sft rl all", "replace": "entropy random all",
+                   "end_latent": "forced sampled", "latent_reward": "any frac"}
+        for name, values in choices.items():
+            value = getattr(self, name)
+            if value not in values.split():
+                fail(f"--{name} {value}: must be one of {values}")
         if self.gradient_checkpointing and self.max_replaced_steps:  # it drops their cache
             fail("--gradient_checkpointing: not with latents, only with --max_replaced_steps 0")
-        if self.latents_per_step > 4:
-            warn(f"--latents_per_step {self.latents_per_step}: the paper finds 8 far worse than 1")
-        if not self.eval_data and re.search(r"\.(jsonl|json|csv|parquet)(\.gz)?$", self.train):
-            fail(f"--train {self.train}: a file has no test split; name --eval_data")
 
 
 PRESETS = {
-    "tiny": dict(  # 0.5M parameters, two CPU cores [ours]
-        train="arithmetic-restated:3", answer_marker="</think>", steps=120, num_prompts=16,
-        group_size=8, max_prompt_length=128, max_completion_length=40, temperature=1.0, top_k=0,
-        lr=3e-4, weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=128, lora_rank=0,
-        eval_every=20, eval_limit=512, eval_batch=512, save_every=60, max_replaced_steps=3,
-        latents_per_step=1, latent_rms=False, sft_steps=800, sft_batch=64, sft_lr=2e-3,
-        sft_save_every=400, label_ends=False, entropy_once=True),
+    "tiny": {},
     "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
-        train="gsm8k", answer_marker="####", steps=934, num_prompts=8, group_size=8,
-        max_prompt_length=512, max_completion_length=1024, temperature=1.0, top_k=0, lr=1e-6,
-        weight_decay=0.0, max_grad_norm=1.0, kl_coef=0.0, micro_batch=8, lora_rank=0,
-        eval_every=100, eval_limit=200, eval_batch=64, save_every=250, max_replaced_steps=5,
-        latents_per_step=1, latent_rms=False, sft_steps=1000, sft_batch=32, sft_lr=1e-5,
-        sft_save_every=250, label_ends=True, entropy_once=False),
+        train="gsm8k", answer_marker="####", steps=934, num_prompts=8, max_prompt_length=512,
+        max_completion_length=1024, lr=1e-6, micro_batch=8, eval_every=100, eval_limit=200,
+        eval_batch=64, save_every=250, max_replaced_steps=5, sft_steps=1000, sft_batch=32,
+        sft_lr=1e-5, sft_save_every=250, label_ends=True, entropy_once=False),
 }
+
+
+def parse_config(argv=None):
+    """The settings of a run, from the command line."""
+    return parse_flags(Config, PRESETS, __doc__, argv)
+
 
 # === 2. the method ================================================================================
 
-NEEDS_OLD_LOGPROBS = True  # a ratio and a clip: several updates per rollout make sense
-PLAIN = {"max_replaced_steps": 0}  # the Config values that switch the method off
 METHOD_METRICS = ("latent_size", "switch_entropy")
+PLAIN_GRPO = {"max_replaced_steps": 0}  # the settings that switch the method off
 MARKERS = ("<start-latent>", "<end-latent>", "<latent>")
 
 
@@ -193,17 +164,25 @@ def pick(states, columns):
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
-class FreeHead:
-    """The head of lm, by which some ids have no probability: all that completion_logprobs needs."""
+class HeadWithout:
+    """The head of a language model by which some ids have no probability.
 
-    def __init__(self, lm, banned):
-        self.head, self.banned, self.num_tokens = lm.get_output_embeddings(), banned, lm.num_tokens
+    It takes the model's place in completion_logprobs, which asks a model for two things only: its
+    head and num_tokens.
+    """
+
+    def __init__(self, lm, ids):
+        self.head = lm.get_output_embeddings()
+        self.num_tokens = lm.num_tokens
+        self.ids = ids  # [n]
 
     def get_output_embeddings(self):
-        return self
+        return self.logits
 
-    def __call__(self, hidden):
-        return self.head(hidden).index_fill(-1, self.banned, -1e4)  # -inf: no entropy
+    def logits(self, hidden):
+        """hidden [..., H] -> logits [..., V]"""
+        # exp(-1e4) is 0 as well, and -inf would make the entropy 0 x inf = NaN.
+        return self.head(hidden).index_fill(-1, self.ids, -1e4)
 
 
 class Policy(nn.Module):
@@ -211,34 +190,50 @@ class Policy(nn.Module):
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__()
-        start = checkpoint_settings(cfg.model)
-        knows_markers = start.get("max_replaced_steps", 0) > 0  # ours, or a fork's
-        if cfg.max_replaced_steps:  # not special tokens: they are visible in the graded text
+        self.cfg = cfg
+        if cfg.max_replaced_steps:  # no special tokens: those would be missing in the graded text
             tokenizer.add_tokens([AddedToken(m, normalized=False) for m in MARKERS])
             lm.num_tokens = len(tokenizer)
-            if lm.num_tokens > lm.get_input_embeddings().num_embeddings:  # else: spare rows
+            if lm.num_tokens > lm.get_input_embeddings().num_embeddings:  # no spare rows
                 lm.resize_token_embeddings(lm.num_tokens, mean_resizing=False)
-        self.lm, self.table, self.pad_id = lm, lm.get_input_embeddings(), lm.pad_id
-        self.cfg, self.tokenizer = cfg, tokenizer
-        rows = [tokenizer.get_vocab().get(m, -1) for m in MARKERS]
-        self.start_id, self.end_id, self.latent_id = rows
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.table = lm.get_input_embeddings()
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
-        # never a free choice; explicit models of a vocabulary with markers do not switch either
-        banned = [self.latent_id, self.end_id] + [self.start_id] * (not cfg.max_replaced_steps)
-        self.banned = torch.tensor([i for i in banned if i >= 0]).long().to(lm.device)
-        outside = [i for i in range(lm.num_tokens) if i not in (self.end_id, self.latent_id)]
-        self.outside = torch.tensor(outside, device=lm.device)  # never a choice inside a span
-        self.markers = torch.tensor(rows, device=lm.device)
-        # The markers' rows learn what no other token means (<latent> only as an output); the other
-        # rows stay as they are, but for --train_embeddings.
-        for module in {self.table, lm.get_output_embeddings()}:
-            module.weight.requires_grad_(cfg.train_embeddings or cfg.max_replaced_steps > 0)
+        vocabulary = tokenizer.get_vocab()
+        marker_ids = [vocabulary.get(marker, -1) for marker in MARKERS]  # -1: not in it
+        self.start_id, self.end_id, self.latent_id = marker_ids
+        self.markers = torch.tensor(marker_ids, device=lm.device)
+
+        # What is never a choice: outside of spans these ids, inside all but these two.
+        banned = [self.latent_id, self.end_id]
+        outside = [i for i in range(lm.num_tokens) if i not in banned]
+        if not cfg.max_replaced_steps:
+            banned.append(self.start_id)  # an explicit model whose vocabulary has markers
+        banned = [i for i in banned if i >= 0]
+        self.banned = torch.tensor(banned, dtype=torch.long, device=lm.device)
+        self.outside = torch.tensor(outside, device=lm.device)
+
+        start = checkpoint_settings(cfg.model)  # {} unless ours, or a fork's
+        self.knows_markers = start.get("max_replaced_steps", 0) > 0
+        for module in (self.table, lm.get_output_embeddings()):
+            module.weight.requires_grad_(cfg.train_embeddings)
             if cfg.max_replaced_steps:
-                module.float()  # so is what learns in a bfloat16 model with adapters
-            if cfg.max_replaced_steps and not knows_markers:  # the mean row: neither likely nor not
-                module.weight.data[rows] = module.weight.data[: min(rows)].mean(0)
-            if module.weight.requires_grad and not cfg.train_embeddings:
-                module.weight.register_hook(self.only_markers)
+                self.train_markers(module)
+        self.ranker = []  # see sft_step; a list, so that neither DDP nor a checkpoint looks into it
+
+    def train_markers(self, module):
+        """Make the rows of the markers in the table or the head parameters, the other rows none.
+
+        They learn what no other token means, <latent> only as an output. At first they are the mean
+        of all other rows: neither likely nor unlikely.
+        """
+        module.float()  # as all that learns, also in a bfloat16 model with adapters
+        weight = module.weight.requires_grad_()
+        if not self.knows_markers:
+            weight.data[self.markers] = weight.data[: int(self.markers.min())].mean(0)
+        if not self.cfg.train_embeddings:
+            weight.register_hook(self.only_markers)
 
     def only_markers(self, grad):
         """Gradient of the embedding table or head [rows, H], 0 but for the rows of the markers."""
@@ -249,8 +244,9 @@ class Policy(nn.Module):
         if not self.cfg.latent_rms:
             return hidden
         weight = (lm or self.lm).get_input_embeddings().weight.detach()[: self.lm.num_tokens]
-        size = weight.float().square().mean().sqrt()
-        return hidden * (size / hidden.float().square().mean(-1, keepdim=True).sqrt())
+        wanted = weight.float().square().mean().sqrt()
+        size = hidden.float().square().mean(-1, keepdim=True).sqrt()
+        return hidden * (wanted / size)
 
     def hidden(self, batch, lm=None):
         """The hidden states [B, T, H] that decide each completion position; gradients on.
@@ -299,20 +295,21 @@ class Policy(nn.Module):
     def score(self, hidden, batch, lm, labels=False):
         """-> log-probs [B, T] of completion_ids, entropy [B, T] of the choices; 0 elsewhere.
 
-        Scored as sampled, at --temperature: a free choice is never <end-latent> or <latent>, one in
-        the c slots of a span (--end_latent sampled) is one of these two. labels: at temperature 1,
-        and <end-latent> after c slots, which is forced, and all text compete with each other.
+        Scored as sampled, at --temperature: a choice outside of spans is never <end-latent> or
+        <latent>, one inside (--end_latent sampled) is one of these two. labels: at temperature 1,
+        and an <end-latent> after c slots, which is forced, competes with all text.
         """
-        ids, mask = batch["completion_ids"], batch["loss_mask"]
-        place = torch.arange(ids.shape[1], device=ids.device) - self.opened(ids)
-        inside = torch.isin(ids, self.banned) & (place <= self.cfg.latents_per_step)
-        # A forced end lies at place c + 1, so as a label it is a free choice, weighted or not.
-        never = self.banned[:1] if labels else self.banned  # labels: <latent> alone, its first id
-        temperature = self.cfg.temperature
-        free, span = (
-            completion_logprobs(FreeHead(lm, b), hidden, ids, where, 1 if labels else temperature)
-            for b, where in ((never, mask & ~inside), (self.outside, mask & inside)))
-        return free[0] + span[0], free[1] + span[1]
+        ids = batch["completion_ids"]
+        temperature = 1 if labels else self.cfg.temperature
+        never = self.banned[:1] if labels else self.banned  # its first id is <latent>
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        in_slots = columns - self.opened(ids) <= self.cfg.latents_per_step  # not a forced end
+        in_span = in_slots & torch.isin(ids, self.banned)
+        free_logprobs, free_entropy = completion_logprobs(
+            HeadWithout(lm, never), hidden, ids, batch["loss_mask"] & ~in_span, temperature)
+        span_logprobs, span_entropy = completion_logprobs(
+            HeadWithout(lm, self.outside), hidden, ids, batch["loss_mask"] & in_span, temperature)
+        return free_logprobs + span_logprobs, free_entropy + span_entropy
 
     def forward(self, batch, labels=False):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "size" [B, T]}.
@@ -327,9 +324,7 @@ class Policy(nn.Module):
 
 
 def start_state(num_rows, policy, cfg):
-    """What each row remembers between steps: latent slots to come; 0 = <end-latent>, -1 = none."""
-    if not cfg.max_replaced_steps:
-        return {}
+    """What each row remembers: latent slots left in its span; 0: <end-latent> is due; -1: none."""
     return {"left": torch.full((num_rows,), -1, device=policy.lm.device)}
 
 
@@ -340,31 +335,36 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     state [b, H] that decided them, then <end-latent>. Neither is a choice, so neither is scored;
     with --end_latent sampled each of the c slots is a choice between going on and ending.
     """
-    allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, policy.banned, False)
-    if state:
-        left = state["left"]  # [b]
-        allowed = torch.where((left >= 0)[:, None], ~allowed, allowed)  # inside: only these two
+    left = state["left"]  # [b]
+    is_text = torch.ones_like(logits, dtype=torch.bool).index_fill(1, policy.banned, False)
+    allowed = torch.where((left < 0)[:, None], is_text, ~is_text)  # [b, V]
     logits = logits.masked_fill(~allowed, -math.inf)
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
     choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
-    logprobs = torch.log_softmax(logits / cfg.temperature, -1)
-    record = {"loss_mask": torch.ones_like(ids, dtype=torch.bool),
-              "latent_mask": torch.zeros_like(ids, dtype=torch.bool),
-              "rollout_logprobs": logprobs.gather(1, ids[:, None])[:, 0]}
-    if not state:
-        return ids, policy.table(ids), record, state
-    sampled = left < 0 if cfg.end_latent == "forced" else left != 0
-    ids = torch.where(sampled, ids, torch.where(left == 0, policy.end_id, policy.latent_id))
+    logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
+    logprobs = logprobs.gather(1, ids[:, None])[:, 0]  # [b]
+
+    # Inside a span the state decides, not the sample.
+    is_sampled = left < 0
+    if cfg.end_latent == "sampled":
+        is_sampled = left != 0
+    due = torch.where(left == 0, policy.end_id, policy.latent_id)
+    ids = torch.where(is_sampled, ids, due)
+    left = (left - 1).clamp(min=-1)
+    left = torch.where(ids == policy.end_id, -1, left)
+    left = torch.where(ids == policy.start_id, cfg.latents_per_step, left)
+
     is_latent = ids == policy.latent_id
     latent_embeds = policy.latent_input(hidden).to(policy.table.weight.dtype)
     embeds = torch.where(is_latent[:, None], latent_embeds, policy.table(ids))
-    left = torch.where(ids == policy.end_id, -1, (left - 1).clamp(min=-1))
-    left = torch.where(ids == policy.start_id, cfg.latents_per_step, left)
-    is_read = t + 1 < cfg.max_completion_length  # no input follows the last id: not latent
-    record.update(loss_mask=sampled, latent_mask=is_latent & is_read,
-                  rollout_logprobs=record["rollout_logprobs"].masked_fill(~sampled, 0))
+    is_read = t + 1 < cfg.max_completion_length  # nothing follows the last id: it is not latent
+    record = {
+        "loss_mask": is_sampled,
+        "latent_mask": is_latent & is_read,
+        "rollout_logprobs": logprobs.masked_fill(~is_sampled, 0),
+    }
     if cfg.replay_latents:
         record["latent_embeds"] = latent_embeds * is_latent[:, None]
     return ids, embeds, record, {"left": left}
@@ -376,10 +376,13 @@ def reference_logprobs(policy, reference, batch, cfg):
 
     It reads its own latents, for they are a function of its weights and of the tokens before.
     """
-    lm = policy.lm if reference is None else reference  # a copy keeps the adapters it was made with
+    lm = policy.lm if reference is None else reference
+    adapters = lora_disabled(lm) if reference is None else nullcontext()  # a copy keeps its own
     batch = {name: value for name, value in batch.items() if name != "latent_embeds"}
-    with nullcontext() if reference else lora_disabled(lm), autocast(lm):
-        return policy.score(policy.hidden(batch, lm), batch, lm)[0]
+    with adapters, autocast(lm):
+        hidden = policy.hidden(batch, lm)
+        logprobs, _ = policy.score(hidden, batch, lm)
+    return logprobs
 
 
 def kl_estimate(outputs, batch):
@@ -407,28 +410,36 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices, vectors, embeddings; no decay of rows that are not trained."""
-    lm = [p for p in policy.lm.parameters() if p.requires_grad]
-    tables = dict.fromkeys([policy.table.weight, policy.lm.get_output_embeddings().weight])
-    tables, lm = [p for p in lm if p in tables], [p for p in lm if p not in tables]
-    decay = cfg.weight_decay if cfg.train_embeddings else 0.0
-    groups = [
-        {"params": [p for p in lm if p.dim() > 1], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-        {"params": [p for p in lm if p.dim() == 1], "lr": cfg.lr, "weight_decay": 0.0},
-        {"params": tables, "lr": cfg.lr, "weight_decay": decay}]
-    return [group for group in groups if group["params"]]
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+    tables = {policy.table.weight, policy.lm.get_output_embeddings().weight}
+    embeddings = [p for p in trained if p in tables]
+    matrices = [p for p in trained if p.dim() > 1 and p not in tables]
+    vectors = [p for p in trained if p.dim() == 1]
+    table_decay = cfg.weight_decay if cfg.train_embeddings else 0.0
+    groups = [(matrices, cfg.weight_decay), (vectors, 0.0), (embeddings, table_decay)]
+    return [{"params": params, "lr": cfg.lr, "initial_lr": cfg.lr, "weight_decay": decay}
+            for params, decay in groups if params]
 
 
-def method_metrics(policy, outputs, batch, cfg, step):
-    """METHOD_METRICS as values [B, T], averaged over latent positions; None without latents.
+@torch.no_grad()
+def measure(policy, outputs, batch, cfg):
+    """Metrics of a micro-batch -> {name: (values [B, T], mask [B, T] of those that count)}.
 
     latent_size: root mean square of a latent over that of the embedding table (1 with
     --latent_rms). switch_entropy: entropy of the position where the span was opened.
     """
-    if not cfg.max_replaced_steps:
-        return None
-    table = policy.table.weight[: policy.lm.num_tokens].float().square().mean().sqrt()
-    size = torch.ones_like(outputs["size"]) if cfg.latent_rms else outputs["size"] / table
-    return size, outputs["entropy"].gather(1, policy.opened(batch["completion_ids"]))
+    found = {"entropy": (outputs["entropy"], batch["loss_mask"])}
+    if cfg.kl_coef > 0:
+        found["kl"] = (kl_estimate(outputs, batch), batch["loss_mask"])
+    if cfg.max_replaced_steps:
+        table = policy.table.weight[: policy.lm.num_tokens].float()
+        size = outputs["size"] / table.square().mean().sqrt()
+        if cfg.latent_rms:
+            size = torch.ones_like(size)
+        opened = policy.opened(batch["completion_ids"])
+        found["latent_size"] = (size, batch["latent_mask"])
+        found["switch_entropy"] = (outputs["entropy"].gather(1, opened), batch["latent_mask"])
+    return found
 
 
 # === 2b. supervised stage =========================================================================
@@ -442,12 +453,35 @@ def split_steps(text):
     Cut after a newline, and after a full stop before white space or the end, so never inside 3.14.
     A numeral (`2.`) and pieces below 6 characters join the next piece, the last the one before.
     """
-    steps, held = [], ""
+    steps, held = [], ""  # held: what waits for the next piece
     for piece in re.findall(r".*?(?:\.?\s*\n|\.(?=\s|$)|$)", text, re.S):
         held += piece
-        if len(held.strip()) >= 6 and not re.fullmatch(r"\W*\d+\W*", held):
-            steps, held = [*steps, held], ""
-    return [*steps[:-1], "".join(steps[-1:]) + held] if held else steps
+        is_numeral = re.fullmatch(r"\W*\d+\W*", held)
+        if len(held.strip()) >= 6 and not is_numeral:
+            steps.append(held)
+            held = ""
+    if held and steps:
+        steps[-1] += held
+    elif held:
+        steps = [held]
+    return steps
+
+
+def lay_out(rows, prompts, lm, latent_id=-1):
+    """Completions and prompts, lists of ids -> batch with the keys of a rollout.
+
+    Its loss_mask leaves out latent slots: they have no label.
+    """
+    ids = [torch.tensor(row, device=lm.device) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=lm.pad_id)  # [B, T]
+    lengths = torch.tensor([len(row) for row in rows], device=lm.device)
+    exists = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+    is_latent = exists & (ids == latent_id)
+    prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.device)  # [B, P]
+    return {
+        "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids,
+        "completion_mask": exists, "latent_mask": is_latent, "loss_mask": exists & ~is_latent,
+        "lengths": lengths}
 
 
 @torch.no_grad()
@@ -456,33 +490,25 @@ def chain_entropies(model, problems, banned=None):
 
     banned: ids of the span markers, left out: whether to switch is no uncertainty about the step.
     """
-    head = model if banned is None else FreeHead(model, banned)
-    chains = [sum(p["steps_ids"], []) for p in problems]
-    batch = lay_out(chains, [p["prompt_ids"] for p in problems], model)
-    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    chains = [sum(problem["steps_ids"], []) for problem in problems]
+    batch = lay_out(chains, [problem["prompt_ids"] for problem in problems], model)
+    head = model if banned is None else HeadWithout(model, banned)
     with autocast(model):
-        hidden = completion_hidden(model, batch, model.get_input_embeddings()(ids))
-        entropies = completion_logprobs(head, hidden, ids, mask)[1]
-    sizes = [[len(step) for step in p["steps_ids"]] for p in problems]
-    return [[values.mean().item() for values in row[: sum(size)].split(size)]
-            for row, size in zip(entropies.cpu(), sizes)]
+        embeds = model.get_input_embeddings()(batch["completion_ids"])
+        hidden = completion_hidden(model, batch, embeds)
+        _, entropies = completion_logprobs(
+            head, hidden, batch["completion_ids"], batch["completion_mask"])  # [B, T]
+    found = []
+    for row, problem in zip(entropies.cpu(), problems):
+        sizes = [len(step) for step in problem["steps_ids"]]
+        by_step = row[: sum(sizes)].split(sizes)
+        found.append([values.mean().item() for values in by_step])
+    return found
 
 
 def step_entropies(model, prompt_ids, steps_ids):
     """Mean entropy (nats) of what predicts the tokens of each step of one chain -> floats."""
     return chain_entropies(model, [{"prompt_ids": prompt_ids, "steps_ids": steps_ids}])[0]
-
-
-def lay_out(rows, prompts, lm, latent_id=-1):
-    """Completion ids and prompts -> batch with the keys of a rollout; latents have no label."""
-    ids = [torch.tensor(row, device=lm.device) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(ids, True, lm.pad_id)
-    lengths = torch.tensor([len(row) for row in rows], device=lm.device)
-    exists = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
-    batch = {"completion_ids": ids, "lengths": lengths, "completion_mask": exists,
-             "latent_mask": exists & (ids == latent_id), "loss_mask": exists & (ids != latent_id)}
-    batch["prompt_ids"], batch["prompt_mask"] = left_pad(prompts, lm.pad_id, lm.device)
-    return batch
 
 
 def replace_steps(steps, entropies, k, mode, rng=None):
@@ -499,45 +525,48 @@ def replace_steps(steps, entropies, k, mode, rng=None):
     return [None if i in order[:k] else step for i, step in enumerate(steps)]
 
 
-def read_demonstrations(problems, tokenizer, lm, cfg):
-    """Problems with steps_ids and answer_ids (marker, answer, EOS); those without a chain go.
+def read_demonstrations(problems, tokenizer, policy, cfg):
+    """Problems with steps_ids and answer_ids (marker, answer, EOS), shuffled.
 
     Each step is tokenised by itself, so that replacing it changes no other token. The built-in
-    task's chains and answers are a teacher's, errors included.
+    task's chains and answers are a teacher's, errors included. A warning counts the problems that
+    have no chain, or none that fits; without any other one it `fail`s.
     """
-    kept, eos, faults = [], tokenizer.eos_token_id, {}
-    span, most = cfg.latents_per_step + 2, round_of(cfg.sft_steps, cfg)[3]
+    eos_id = tokenizer.eos_token_id
+    if eos_id not in policy.lm.eos_ids:
+        eos_id = policy.lm.eos_ids[0]
+    span_length = cfg.latents_per_step + 2
+    *_, most_replaced = round_of(cfg.sft_steps, cfg)
+    kept = []
+    faults = {}  # {why a problem is left out: how many are}
     for problem in problems:
         steps = split_steps(problem["solution"] or "") or problem["steps"] or []
         answer = cfg.answer_marker + problem.get("teacher_answer", f" {problem['answer']}")
-        answer = "\n" * bool(problem["solution"] and steps[-1][-1] != "\n") + answer
-        parts = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
-        growth = sorted((max(0, span - len(part)) for part in parts[:-1]), reverse=True)
-        length = sum(map(len, parts)) + 1 + sum(growth[:most])
-        fault = None
-        if not steps or not all(parts[:-1]):
+        if problem["solution"] and not steps[-1].endswith("\n"):
+            answer = "\n" + answer
+        *steps_ids, answer_ids = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
+        answer_ids = [*answer_ids, eos_id]
+        # It is longest when spans replace its shortest steps.
+        growth = sorted(max(0, span_length - len(ids)) for ids in steps_ids)[::-1]
+        length = sum(map(len, steps_ids)) + len(answer_ids) + sum(growth[:most_replaced])
+        fault = ""
+        if not steps or not all(steps_ids):
             fault = "no solution or steps"
         elif cfg.answer_marker in "".join(steps):
             fault = f"{cfg.answer_marker} inside the chain"
-        elif length > cfg.max_completion_length:  # with spans for the shortest steps
+        elif length > cfg.max_completion_length:
             fault = f"over --max_completion_length {cfg.max_completion_length}"
         if fault:
             faults[fault] = faults.get(fault, 0) + 1
-            continue
-        kept.append({**problem, "steps_ids": parts[:-1], "answer_ids": [
-            *parts[-1], eos if eos in lm.eos_ids else lm.eos_ids[0]]})
+        else:
+            kept.append({**problem, "steps_ids": steps_ids, "answer_ids": answer_ids})
     if faults:
-        (warn if kept else fail)(
-            f"{len(problems) - len(kept)} of {len(problems)} problems of --train {cfg.train} "
-            f"demonstrate nothing: " + ", ".join(f"{n} {fault}" for fault, n in faults.items()))
-    return kept
-
-
-def label_weights(batch, policy, marker_weight):
-    """Weight of each label [B, T]: marker_weight at the span markers, 0 where there is none."""
-    ids = batch["completion_ids"]
-    markers = (ids == policy.start_id) | (ids == policy.end_id)
-    return batch["loss_mask"] * torch.where(markers, marker_weight, 1.0)
+        report = fail if not kept else warn
+        reasons = ", ".join(f"{number} {fault}" for fault, number in faults.items())
+        report(f"{len(problems) - len(kept)} of {len(problems)} problems of --train {cfg.train} "
+               f"demonstrate nothing: {reasons}")
+    rng = make_rng("cpu", cfg.seed, "cold start")
+    return [kept[i] for i in torch.randperm(len(kept), generator=rng).tolist()]
 
 
 def round_of(step, cfg):
@@ -547,28 +576,34 @@ def round_of(step, cfg):
     """
     number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
     first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
-    most = cfg.max_replaced_steps * (10**9 if cfg.replace == "all" else 1)
-    return number, first, (number + 1) / cfg.sft_rounds, min(number, most)
+    share = (number + 1) / cfg.sft_rounds
+    replaced = min(number, cfg.max_replaced_steps)
+    if cfg.replace == "all" and cfg.max_replaced_steps:
+        replaced = number
+    return number, first, share, replaced
 
 
-def sft_examples(chosen, policy, k, cfg, ranker=None):
-    """Demonstrations -> batch, with up to k steps of each chain replaced.
-
-    ranker: the language model whose entropies decide; None = today's. Today's forgets how to write
-    what it no longer writes, so the steps already replaced may come to look uncertain.
-    """
+def sft_examples(chosen, policy, k, cfg):
+    """Demonstrations -> batch, with up to k steps of each chain replaced by spans."""
     entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
     if k and cfg.replace == "entropy":
-        # paper: ranked anew in each round; here in each update, so that a resume needs no ranking
-        entropies = chain_entropies(ranker or policy.lm, chosen, policy.markers)
-    span = [policy.start_id, *[policy.latent_id] * cfg.latents_per_step, policy.end_id]
+        # paper: ranked by the model in training; here by policy.ranker, if there is one.
+        ranker = policy.ranker[0] if policy.ranker else policy.lm
+        entropies = chain_entropies(ranker, chosen, policy.markers)
+    bound = cfg.max_entropy or math.inf
+    latents = [policy.latent_id] * cfg.latents_per_step
+    span = [policy.start_id, *latents, policy.end_id]
     rows = []
     for problem, values in zip(chosen, entropies):
+        num_low = sum(value < bound for value in values)
         rng = make_rng("cpu", cfg.seed, "replace", problem["question"])
-        low = sum(value < (cfg.max_entropy or math.inf) for value in values)
-        steps = replace_steps(problem["steps_ids"], values, min(k, low), cfg.replace, rng)
-        rows.append(sum((step or span for step in steps), []) + problem["answer_ids"])
-    batch = lay_out(rows, [p["prompt_ids"] for p in chosen], policy.lm, policy.latent_id)
+        steps = replace_steps(problem["steps_ids"], values, min(k, num_low), cfg.replace, rng)
+        row = []
+        for step in steps:
+            row += span if step is None else step
+        rows.append(row + problem["answer_ids"])
+    prompts = [problem["prompt_ids"] for problem in chosen]
+    batch = lay_out(rows, prompts, policy.lm, policy.latent_id)
     if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
         batch["loss_mask"] = batch["completion_mask"]
     if not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
@@ -576,119 +611,78 @@ def sft_examples(chosen, policy, k, cfg, ranker=None):
     return batch
 
 
-def sft_update(policy, optimizer, trained, batch, step, cfg):
-    """One supervised update on this rank's share of a batch -> (loss, gradient norm) of all ranks.
+def label_weights(batch, policy, marker_weight):
+    """Weight of each label [B, T]: marker_weight at the span markers, 0 where there is none."""
+    ids = batch["completion_ids"]
+    is_marker = (ids == policy.start_id) | (ids == policy.end_id)
+    return batch["loss_mask"] * torch.where(is_marker, marker_weight, 1.0)
+
+
+def start_config(cfg):
+    """Settings of a run -> those of its cold start, in its own folder, for train().
+
+    An evaluation starts each round, as far as rounds are equally long.
+    """
+    if cfg.sft_batch < dist.get_world_size():
+        fail(f"--sft_batch {cfg.sft_batch}: must be at least the number of ranks, "
+             f"{dist.get_world_size()}")
+    if cfg.sft_rounds <= cfg.max_replaced_steps:
+        warn(f"--sft_rounds {cfg.sft_rounds}: too few to reach --max_replaced_steps")
+    if cfg.latents_per_step > 4:
+        warn(f"--latents_per_step {cfg.latents_per_step}: the paper finds 8 far worse than 1")
+    start = dataclasses.replace(
+        cfg, stage="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, save_every=cfg.sft_save_every,
+        warmup_steps=round(0.05 * cfg.sft_steps),
+        eval_every=max(1, cfg.sft_steps // cfg.sft_rounds))
+    if cfg.stage == "all":
+        start.out_dir = str(Path(cfg.out_dir, "sft"))
+        start.stop_after = 0  # it counts the steps of RL
+    return start
+
+
+def check_spans(cfg):
+    """`fail` if RL would write other spans than those that its start has taught the model."""
+    start = checkpoint_settings(cfg.model)
+    for name in ("latents_per_step", "max_replaced_steps", "latent_rms"):
+        value = getattr(cfg, name)
+        if start.get(name, value) != value:
+            fail(f"--{name} {value}: {cfg.model} was trained with {start[name]}; use that")
+
+
+def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
+    """One update on demonstrations -> (metrics row, no records).
 
     Loss: sum of weights x cross entropies over the sum of weights, both over all ranks.
     """
+    started = time.time()
+    number, first, share, k = round_of(step, cfg)
+    if k and cfg.replace == "entropy" and cfg.entropy_once and not policy.ranker:
+        # A model forgets how to write what it no longer writes, so the steps already replaced come
+        # to look uncertain. This copy has only seen whole chains.
+        policy.ranker.append(frozen_copy(policy.lm))
+    active = problems[: max(1, round(share * len(problems)))]
+    chosen = next_problems(active, cfg.sft_batch, (cfg.seed, "sft", number), step - first)
+    batch = sft_examples(chosen, policy, k, cfg)
+    weights = label_weights(batch, policy, cfg.marker_weight)
+    batch["weights"] = weights / all_reduce(weights.sum().item())
+
     policy.train()
-    batch["weights"] = label_weights(batch, policy, cfg.marker_weight)
-    batch["weights"] = batch["weights"] / all_reduce(batch["weights"].sum().item())
-    total = 0.0
-    rows = range(len(batch["weights"]))
-    for piece in micro_batches(batch, rows, cfg.micro_batch, cfg.max_tokens):
+    loss = 0.0
+    pieces = micro_batches(batch, range(len(chosen)), cfg.micro_batch, cfg.max_tokens)
+    for piece in pieces:
         micro = select_rows(batch, piece)
-        loss = -(policy(micro, labels=True)["logprobs"] * micro["weights"]).sum()
-        loss.backward()
-        total += loss.item()
-    for p in trained:  # the losses are shares of the global mean, so gradients are summed
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
-    grad_norm = nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm).item()
-    if not math.isfinite(grad_norm):  # the same on all ranks
-        raise SystemExit(f"cold start, step {step + 1}: no finite gradient; lower --sft_lr")
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
-    optimizer.step()
-    optimizer.zero_grad()
-    return all_reduce(total), grad_norm
-
-
-def cold_start(policy, tokenizer, problems, eval_problems, settings, cfg):
-    """Supervised stage, in its own run folder -> last evaluation ({} if it was complete already).
-
-    An evaluation starts each round, and one ends the last; the rest is in round_of.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    folder = Path(cfg.out_dir, "sft" * (cfg.stage != "sft"))
-    cfg = copy.copy(cfg)
-    cfg.steps, cfg.lr, cfg.warmup_steps = cfg.sft_steps, cfg.sft_lr, round(0.05 * cfg.sft_steps)
-    groups = [{**group, "initial_lr": group["lr"]} for group in param_groups(policy, cfg)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.adam_beta2))
-    trained = [p for group in groups for p in group["params"]]
-    state, result, ranker = {"step": 0}, {}, None
-    if cfg.sft_batch < world_size:
-        fail(f"--sft_batch {cfg.sft_batch}: must be at least the number of ranks, {world_size}")
-    if rank == 0 and cfg.sft_rounds <= cfg.max_replaced_steps:
-        warn(f"--sft_rounds {cfg.sft_rounds}: too few to reach --max_replaced_steps")
-    if newest := latest_checkpoint(folder):
-        state = load_checkpoint(newest, policy, optimizer, settings, CAN_CHANGE)
-        if "ranker" in state:
-            ranker = frozen_copy(policy.lm)
-            ranker.load_state_dict(state["ranker"])
-    done = f'{{"kind": "eval", "step": {cfg.steps}, '  # the row with which it ends
-    if state["step"] == cfg.steps and folder != Path(cfg.out_dir) \
-            and done in (folder / "metrics.jsonl").read_text(encoding="utf-8"):
-        return result
-    problems = read_demonstrations(problems, tokenizer, policy.lm, cfg)
-    rng = make_rng("cpu", cfg.seed, "cold start")
-    problems = [problems[i] for i in torch.randperm(len(problems), generator=rng).tolist()]
-    dist.barrier()  # all ranks have looked for the checkpoint
-    if rank == 0:
-        print(f"cold start: steps {state['step']} to {cfg.steps}, in {folder}", flush=True)
-        open_run(folder, settings, __file__, state["step"])
-
-    def save():  # does nothing if this step is saved already
-        saved = rank > 0 or save_checkpoint(
-            folder, policy, tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
-        if not all_reduce(saved, dist.ReduceOp.MIN):
-            raise SystemExit(f"{folder}: the checkpoint could not be written")
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc="cold start", disable=rank > 0 or None)
-    for step in range(state["step"], cfg.steps + 1):
-        number, first, share, k = round_of(step, cfg)
-        if step in (first, cfg.steps):
-            rng = make_rng(policy.table.weight.device, cfg.seed, "check", step, rank)
-            problems_now = eval_problems[: len(eval_problems) if step == cfg.steps else 256]
-            metrics = evaluate(policy, tokenizer, problems_now, cfg, rng)
-            if stop_agreed():
-                break  # the evaluation is incomplete; a resumed run repeats it
-            records, result = metrics.pop("records"), metrics
-            if rank == 0:
-                learned = round_of(max(step - 1, 0), cfg)[3]  # steps replaced up to here
-                row = {"kind": "eval", "step": step, "replaced": learned, **result}
-                log_rows(folder, row, records[:8])
-                tqdm.write("start " + "  ".join(f"{name} {row[name]:.4g}" for name in (
-                    "step", "replaced", "accuracy", "n", "latent_steps", "visible_tokens")))
-        if step == cfg.steps:
-            break
-        if k and ranker is None and cfg.entropy_once and cfg.replace == "entropy":
-            ranker = frozen_copy(policy.lm)  # it has only seen plain chains
-        active = max(1, round(share * len(problems)))
-        indices = batch_indices(active, cfg.sft_batch, (cfg.seed, "sft", number), step - first)
-        batch = sft_examples(
-            [problems[i] for i in indices[rank::world_size]], policy, k, cfg, ranker)
-        loss, grad_norm = sft_update(policy, optimizer, trained, batch, step, cfg)
-        state = {"step": step + 1, **({"ranker": ranker.state_dict()} if ranker else {})}
-        if rank == 0:
-            bar.update()
-            bar.set_postfix_str(f"round {number}  replaced {k}  loss {loss:.3f}")
-            if (step + 1) % 20 == 0:
-                log_rows(folder, {"kind": "train", "step": step + 1, "replaced": k, "loss": loss,
-                                  "grad_norm": grad_norm}, [])
-        if (step + 1) % cfg.sft_save_every == 0 or step + 1 == cfg.steps:
-            save()
-        if stop_agreed() or (cfg.stage == "sft" and step + 1 == cfg.stop_after):
-            break
-    save()
-    bar.close()
-    if rank == 0:
-        print(f"cold start: {state['step']} of {cfg.steps} steps; go on with "
-              + (f"--stage rl --model {folder}" if state["step"] == cfg.steps and folder == Path(
-                  cfg.out_dir) else "--resume auto"), flush=True)
-    if signum := stop_agreed():
-        raise SystemExit(128 + signum)
-    dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
-    return result
+        ddp_policy.require_backward_grad_sync = piece is pieces[-1]  # as in update
+        outputs = ddp_policy(micro, labels=True)
+        loss_here = -(outputs["logprobs"] * micro["weights"]).sum()
+        (loss_here * dist.get_world_size()).backward()
+        loss += loss_here.item()
+    grad_norm = optimizer_step(optimizer, cfg, step)
+    loss = all_reduce(loss)
+    is_bad = grad_norm is None
+    row = {"kind": "train", "step": step + 1, "replaced": k, "loss": None if is_bad else loss,
+           "grad_norm": grad_norm, "skipped": int(is_bad), "lr": cfg.lr * lr_factor(step, cfg),
+           "seconds": time.time() - started}
+    return row, []
 
 
 # === 3. rollout ===================================================================================
@@ -765,50 +759,49 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
 # === 4. rewards and advantages ====================================================================
 
 
-def reward_weights(cfg):
-    """Sizes of the three rewards, and the number of switches that earns all of the third."""
-    return {"accuracy": cfg.reward_accuracy, "format": cfg.reward_format,
-            "latent": cfg.reward_latent * (cfg.max_replaced_steps > 0),
-            "switches": max(1, cfg.max_replaced_steps) if cfg.latent_reward == "frac" else 1}
-
-
-# by these a right answer without latents beats a wrong one with them [stage 2; ours]
-DEFAULT_WEIGHTS = {"accuracy": 1.0, "format": 0.2, "latent": 0.2, "switches": 1}
-
-
-def latent_reward(record, wanted=1):
+def latent_reward(record, cfg):
     """Spans of a completion with at least one latent, as a share of those wanted; at most 1."""
+    wanted = max(1, cfg.max_replaced_steps) if cfg.latent_reward == "frac" else 1
     return min(1.0, record["switches"] / wanted)
 
 
-def reward(record):
-    """Weighted sum of: right answer; exactly one answer marker and an EOS; use of latents.
+def reward_parts(record, cfg):
+    """What a completion earns by a right answer; exactly one marker and an EOS; use of latents.
 
-    Training puts the weights of the flags into the record; evaluation uses the default ones.
+    By the default weights a right answer without latents beats a wrong one with them.
     """
-    weights = record.get("weights", DEFAULT_WEIGHTS)
-    form = record["format_ok"] and not record["truncated"]
-    return (weights["accuracy"] * record["correct"] + weights["format"] * form
-            + weights["latent"] * latent_reward(record, weights["switches"]))
+    has_form = record["format_ok"] and not record["truncated"]
+    return {"accuracy": cfg.reward_accuracy * record["correct"],
+            "format": cfg.reward_format * has_form,
+            "latent": cfg.reward_latent * latent_reward(record, cfg)}
+
+
+def reward(record):
+    """The sum of what reward_parts found [stage 2; weights ours]."""
+    return sum(record["reward_parts"].values())
 
 
 def group_advantages(rewards, group_size, eps=1e-4):
     """(r - group mean) / (group std + eps), std with ddof = 1.  rewards [B] -> [B]"""
     groups = rewards.view(-1, group_size)  # [N, G]
     centred = groups - groups.mean(1, keepdim=True)
-    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # else rounding is left
+    # In a group of equal rewards rounding leaves a difference to the mean: exactly 0 instead.
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
     return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
 def compute_advantages(batch, cfg):
     """One advantage per completion, at every position that was sampled -> [B, T]."""
-    return group_advantages(batch["rewards"], cfg.group_size)[:, None] * batch["loss_mask"]
+    advantages = group_advantages(batch["rewards"], cfg.group_size)  # [B]
+    return advantages[:, None] * batch["loss_mask"]
 
 
 def loss_weights(batch, cfg):
-    """The reduction: mean over completions, of all ranks, of the mean over positions -> [B, T]."""
-    counts = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-    return batch["loss_mask"] / (counts * all_reduce(len(counts)))
+    """Weight of each position in the loss -> [B, T]: the mean over positions of each completion,
+    then the mean over the completions of all ranks."""
+    num_positions = batch["loss_mask"].sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    num_completions = all_reduce(len(num_positions))
+    return batch["loss_mask"] / (num_positions * num_completions)
 
 
 # === 5. evaluation ================================================================================
@@ -830,6 +823,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
         batch = rollout(policy, prompts, cfg, rng, cfg.num_samples, cfg.greedy)
         for row, record in enumerate(grade(batch, chosen, tokenizer, cfg.answer_marker)):
             index, sample = indices[row // cfg.num_samples], row % cfg.num_samples
+            record["reward_parts"] = reward_parts(record, cfg)
             records.append({
                 "index": index, "sample": sample, **record, "reward": reward(record)})
         if stop_requested():
@@ -869,6 +863,7 @@ def train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step):
     batch = rollout(policy, prompts, cfg, rng, cfg.group_size)
     records = grade(batch, chosen, policy.tokenizer, cfg.answer_marker)
     for record in records:
+        record["reward_parts"] = reward_parts(record, cfg)
         record["reward"] = reward(record)
     batch["rewards"] = torch.tensor([r["reward"] for r in records], device=device)
     if stop_agreed():
@@ -887,6 +882,8 @@ def train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step):
     world_size = dist.get_world_size()
     num_tokens = sum(record["length"] for record in records)
     sums.update(record_sums(records, cfg.group_size))
+    uses = [latent_reward(record, cfg) for record in records]
+    sums["latent_reward"] = [sum(uses), len(uses)]
     sums["tokens_per_s_rollout"] = [num_tokens, rollout_seconds / world_size]
     sums["tokens_per_s_update"] = [num_tokens, update_seconds / world_size]
     peaks["peak_mem_gib"] = peak_memory(device)
@@ -978,6 +975,7 @@ def optimizer_step(optimizer, cfg, step):
 
 def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
+    cfg.stage = "rl"  # a step of the cold start takes no more
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
     for problem in problems:
         repeated = problem["prompt_ids"] * cfg.max_prompt_length
@@ -988,6 +986,8 @@ def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     if dist.get_rank() == 0:
         print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
               f"{row['seconds']:.1f} s a step")
+        if cfg.max_replaced_steps:
+            print("no span was forced: each latent that a trained model takes adds a pass to it")
     return row
 
 
@@ -1000,6 +1000,9 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
     if resumed:
         state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
+        for weights in state.pop("ranker", []):
+            policy.ranker = [frozen_copy(policy.lm)]
+            policy.ranker[0].load_state_dict(weights)
     ddp_policy = policy
     if world_size > 1 and device.type != "mps":
         # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
@@ -1022,6 +1025,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
                 break  # the evaluation is incomplete; a resumed run repeats it
             records = result.pop("records")
             row = {"kind": "eval", "step": step, **result, "seconds": time.time() - started}
+            if cfg.stage == "sft":
+                *_, row["replaced"] = round_of(max(step - 1, 0), cfg)  # learned so far
             if rank == 0:
                 log_rows(out_dir, row, records[:8])
                 progress.show(row, records)
@@ -1031,6 +1036,7 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
         if row is None:
             break  # told to stop
         state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+        state["ranker"] = [lm.state_dict() for lm in policy.ranker]  # one or none
         records = gather(records if row["skipped"] else records[:: cfg.group_size][:2])
         if rank == 0:
             log_rows(out_dir, row, records)
@@ -1067,6 +1073,8 @@ def main(argv=None):
     out_dir = Path(cfg.out_dir)
     resumed, lock = None, None
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
+    if cfg.stage == "rl":
+        check_spans(cfg)
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")
@@ -1088,12 +1096,14 @@ def main(argv=None):
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "
               f"{device}, {len(problems)} training and {len(eval_problems)} evaluation problems")
+        if cfg.stage == "rl" and cfg.max_replaced_steps and not policy.knows_markers:
+            print(f"{cfg.model} has had no cold start: nothing has taught it the markers")
     if rank == 0 and not cfg.dry_run:
         lock = lock or lock_run(out_dir)  # held until the process ends
     if cfg.stage != "rl" and not cfg.dry_run:
         start = start_config(cfg)
         trained = latest_checkpoint(Path(start.out_dir))
-        if resumed and cfg.stage == "all":  # the start is complete; the reference is a copy of it
+        if resumed and trained and cfg.stage == "all":  # complete; the reference is a copy of it
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
             examples = read_demonstrations(problems, tokenizer, policy, cfg)
@@ -1101,7 +1111,10 @@ def main(argv=None):
             if cfg.stage == "sft":
                 return result
         settings["start_sha"] = weights_fingerprint(lm)
+        policy.ranker.clear()  # RL needs none
     reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
+    if reference is None and cfg.kl_coef > 0 and (cfg.stage == "all" or cfg.max_replaced_steps):
+        reference = frozen_copy(lm)  # the start trained its adapters, and markers have none
     return train(policy, reference, problems, eval_problems, settings, cfg, resumed)
 
 

@@ -59,7 +59,8 @@ def replay_gap(policy, tokenizer, problems, cfg):
     batch = hyrea.rollout(policy, [p["prompt_ids"] for p in problems], cfg,
                           make_rng(policy.lm.device, 0), 8)
     records = grade(batch, problems, tokenizer, cfg.answer_marker)
-    batch["rewards"] = torch.tensor([hyrea.reward(r) for r in records]).to(policy.lm.device)
+    rewards = [sum(hyrea.reward_parts(record, cfg).values()) for record in records]
+    batch["rewards"] = torch.tensor(rewards, device=policy.lm.device)
     cfg.group_size = 8
     batch["advantages"] = hyrea.compute_advantages(batch, cfg)
     weights, found = hyrea.loss_weights(batch, cfg), []
@@ -74,8 +75,7 @@ def replay_gap(policy, tokenizer, problems, cfg):
 
 def step_table(policy, tokenizer, problems, cfg):
     """Histogram of the mean entropies of steps -> lines of text."""
-    cfg.stage = "sft"
-    problems = hyrea.read_demonstrations(problems, tokenizer, policy.lm, cfg)
+    problems = hyrea.read_demonstrations(problems, tokenizer, policy, cfg)
     found = hyrea.chain_entropies(policy.lm, problems, policy.markers[policy.markers >= 0])
     restated = cfg.train.startswith("arithmetic-restated")
     kinds = {"copied": [], "computed": []} if restated else {"all": []}

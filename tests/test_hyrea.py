@@ -195,8 +195,7 @@ def test_logits_of_latents_and_forced_ends_are_never_read(end, monkeypatch):
 
 def test_method_off_is_a_model_without_markers_and_one_pass():
     tokenizer, lm = make_tokenizer(), make_lm()
-    cfg = script.Config(**{**script.PRESETS["tiny"], "max_replaced_steps": 0, "temperature": 1.3,
-                           "max_completion_length": 12})
+    cfg = script.Config(max_replaced_steps=0, temperature=1.3, max_completion_length=12)
     policy = script.Policy(lm, tokenizer, cfg)
     assert len(tokenizer) == lm.num_tokens == 29 and not len(policy.banned)
     batch = draw(script, policy, cfg)

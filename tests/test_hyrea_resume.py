@@ -53,8 +53,8 @@ def test_a_signal_during_the_evaluation_of_the_cold_start_saves(
     result = train("hyrea", flags(model, whole, more))
     with monkeypatch.context() as patch:
         patch.setattr(script, "evaluate", lambda policy, tokenizer, problems, cfg, rng: (
-            rng.initial_seed() == make_rng("cpu", 0, "check", step, 0).initial_seed()
-            and script.SIGNALS.append(15)) or original(policy, tokenizer, problems, cfg, rng))
+            rng.initial_seed() == make_rng("cpu", 0, "eval", step, 0).initial_seed()
+            and common.SIGNALS.append(15)) or original(policy, tokenizer, problems, cfg, rng))
         assert train("hyrea", flags(model, parts, more)) == 143
     assert (parts / below / f"step_00000{step}").exists()
     assert train("hyrea", flags(model, parts, f"{more} --resume auto")) == result
@@ -71,7 +71,7 @@ def test_a_run_of_both_stages_resumes_in_either(model, tmp_path, monkeypatch, ca
     original = clip.clip_grad_norm_
     with monkeypatch.context() as patch:
         patch.setattr(clip, "clip_grad_norm_", lambda *args: calls.append(0) or (
-            len(calls) == call and script.SIGNALS.append(15)) or original(*args))
+            len(calls) == call and common.SIGNALS.append(15)) or original(*args))
         assert train("hyrea", flags(model, tmp_path / "parts", more)) == 143
     assert train("hyrea", flags(model, tmp_path / "parts", f"{more} --resume auto")) == result
     for folder in ("sft/step_000004", "step_000004"):
@@ -97,12 +97,12 @@ TWO_RANKS = """
 import sys, torch
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch.distributed as dist, gc
+from torch.nn.parallel import DistributedDataParallel
 from test_hyrea_start import built
 import hyrea as script
 dist.init_process_group("gloo")
-rank = dist.get_rank()
 policy, cfg, _, problems = built(latents_per_step=2)
-problems = problems[:5]  # 3 and 2: unequal shares
+problems = problems[:5]  # 2 and 3: unequal shares
 cfg.micro_batch, cfg.max_grad_norm, cfg.steps, cfg.warmup_steps = 2, 1e9, 9, 0
 trained = {{n: p for n, p in policy.named_parameters() if p.requires_grad}}
 whole = script.sft_examples(problems, policy, 2, cfg)
@@ -111,10 +111,12 @@ loss = -(policy(whole, labels=True)["logprobs"] * w).sum() / w.sum()
 loss.backward()
 wanted = {{n: p.detach() - p.grad for n, p in trained.items() if p.grad is not None}}
 policy.zero_grad()
-optimizer = torch.optim.SGD([{{"params": list(trained.values()), "initial_lr": 1.0}}], 1.0)
-share = script.sft_examples(problems[rank::2], policy, 2, cfg)
-found, _ = script.sft_update(policy, optimizer, list(trained.values()), share, 0, cfg)
-assert abs(found - loss.item()) < 1e-4, (found, loss)
+rate = 1 / script.lr_factor(2, cfg)
+optimizer = torch.optim.SGD([{{"params": list(trained.values()), "initial_lr": rate}}], 1.0)
+ddp = DistributedDataParallel(policy, broadcast_buffers=False, find_unused_parameters=True)
+cfg.sft_steps, cfg.sft_rounds, cfg.sft_batch = 3, 3, 5
+row, _ = script.sft_step(policy, ddp, optimizer, problems, cfg, 2)
+assert row["replaced"] == 2 and abs(row["loss"] - loss.item()) < 1e-4, (row, loss)
 for n, p in wanted.items():
     assert (trained[n] - p).abs().max() <= 1e-5 * (1 + p.abs().max()), n
 dist.barrier()

@@ -14,6 +14,8 @@ import hyrea as script
 from common import make_rng, select_rows
 
 torch.set_num_threads(1)
+
+
 def built(**changes):
     tokenizer = make_tokenizer()
     _, policy, cfg = build("hyrea", tokenizer=tokenizer, answer_marker="</think>",
@@ -21,7 +23,15 @@ def built(**changes):
     policy.start_id = policy.markers[0] = len(tokenizer) - 3  # the real one
     problems = common.encode_prompts(
         tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), "</think>", 99)
-    return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, policy.lm, cfg)
+    return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, policy, cfg)
+
+
+def learn(policy, cfg, problems, optimizer):
+    """One update on all problems, with two steps of each chain replaced -> its metrics."""
+    cfg.sft_steps, cfg.sft_rounds, cfg.sft_batch = 3, 3, len(problems)
+    row, records = script.sft_step(policy, policy, optimizer, problems, cfg, step=2)
+    assert row["replaced"] == 2 and records == []
+    return row
 
 
 @pytest.mark.parametrize("text, steps", [
@@ -126,12 +136,12 @@ def test_the_loss_is_the_weighted_cross_entropy_and_never_reads_the_row_of_the_l
         assert torch.equal(policy.hidden(batch), before)
     for size in (64, 2):
         cfg.micro_batch = size
-        loss, norm = script.sft_update(policy, optimizer, trained, dict(batch), 0, cfg)
-        assert loss == pytest.approx(float(wanted), rel=1e-4) and norm > 0
+        row = learn(policy, cfg, problems, optimizer)
+        assert row["loss"] == pytest.approx(float(wanted), rel=1e-4) and row["grad_norm"] > 0
 
 
 def test_curriculum_adds_a_tenth_of_the_data_and_a_step_a_round():
-    cfg = script.Config(**{**script.PRESETS["tiny"], "sft_steps": 95, "max_replaced_steps": 3})
+    cfg = script.Config(sft_steps=95, max_replaced_steps=3)
     seen = [script.round_of(step, cfg) for step in range(95)]
     numbers, firsts, shares, ks = zip(*seen)
     assert numbers[0] == ks[0] == 0 and numbers[-1] == 9 and max(ks) == 3
@@ -148,23 +158,24 @@ def test_curriculum_adds_a_tenth_of_the_data_and_a_step_a_round():
 
 
 def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(capsys):
-    _, cfg, tokenizer, _ = built()
+    policy, cfg, tokenizer, _ = built()
     problem = {"question": "1", "steps": None, "solution": None, "answer": "7", "prompt_ids": [1]}
     chains = [{"solution": "1+2.\n3"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
               {"solution": "1" * 50}]
-    lm = make_lm()
-    kept = script.read_demonstrations([{**problem, **c} for c in chains], tokenizer, lm, cfg)
-    assert [len(p["steps_ids"]) for p in kept] == [1, 2] and kept[0]["answer_ids"][-1] == 2
+    policy.lm.eos_ids = [2]
+    kept = script.read_demonstrations([{**problem, **c} for c in chains], tokenizer, policy, cfg)
+    assert {len(p["steps_ids"]) for p in kept} == {1, 2} and kept[0]["answer_ids"][-1] == 2
     assert "3 of 5 problems" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.read_demonstrations([problem], tokenizer, lm, cfg)
+        script.read_demonstrations([problem], tokenizer, policy, cfg)
     chains = [{**problem, "steps": ["1", "2", "3"]}]  # 3 + 4 tokens; with spans of 3 instead, 13
     for cfg.max_completion_length, S in ((13, 3), (12, 2), (7, 0)):
         cfg.max_replaced_steps = S
-        assert script.read_demonstrations(chains, tokenizer, lm, cfg)
+        assert script.read_demonstrations(chains, tokenizer, policy, cfg)
         cfg.max_replaced_steps = S + 1
         with pytest.raises(SystemExit):
-            script.read_demonstrations([{**chains[0], "steps": list("1234")}], tokenizer, lm, cfg)
+            script.read_demonstrations(
+                [{**chains[0], "steps": list("1234")}], tokenizer, policy, cfg)
 
 
 def test_the_two_kinds_of_steps_of_the_built_in_chain():

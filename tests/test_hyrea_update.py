@@ -19,39 +19,42 @@ def record(correct, marker=True, switches=0, truncated=False):
             "completion": S * 3, "switches": switches}
 
 
+def reward(record, cfg):
+    return script.reward({**record, "reward_parts": script.reward_parts(record, cfg)})
+
+
 def test_default_rewards_put_a_right_answer_before_any_use_of_latents():
-    values = [script.reward(r) for r in (
+    cfg = script.Config()
+    values = [reward(r, cfg) for r in (
         record(False, False), record(False, switches=1), record(True), record(True, switches=1))]
     assert values == sorted(values) and len(set(values)) == 4
-    assert script.reward(record(False, switches=3)) < script.reward(record(True, marker=False))
-    assert script.reward(record(True)) == pytest.approx(1.2)
-    assert script.reward(record(True, truncated=True)) == pytest.approx(1.0)  # no EOS: no format
-    assert script.latent_reward(record(True)) == 0 and script.latent_reward(record(True, True, 1))
+    assert reward(record(False, switches=3), cfg) < reward(record(True, marker=False), cfg)
+    assert reward(record(True), cfg) == pytest.approx(1.2)
+    assert reward(record(True, truncated=True), cfg) == pytest.approx(1.0)  # no EOS: no format
+    assert script.latent_reward(record(True), cfg) == 0
+    assert script.latent_reward(record(True, True, 1), cfg) == 1
 
 
 @pytest.mark.parametrize("kind, expected", [("any", [0, 1, 1]), ("frac", [0, 0.25, 1])])
 def test_the_latent_reward_counts_switches(kind, expected):
     _, cfg = built(reward_latent=0.5, latent_reward=kind, max_replaced_steps=4)
-    weights = script.reward_weights(cfg)
-    found = [script.reward({**record(False, False, n), "weights": weights}) for n in (0, 1, 9)]
+    found = [reward(record(False, False, n), cfg) for n in (0, 1, 9)]
     assert found == pytest.approx([0.5 * x for x in expected])
     _, cfg = built(max_replaced_steps=0, latent_reward=kind)
-    weights = script.reward_weights(cfg)
-    assert weights["latent"] == 0  # the explicit baseline earns none
-    assert script.reward({**record(True), "weights": weights}) == 1.2
+    assert reward(record(True), cfg) == 1.2  # the explicit baseline never switches
 
 
 def test_spans_before_the_answer_do_not_touch_it():
     tokenizer = make_tokenizer()
-    policy, _ = built()
-    script.Policy(policy.lm, tokenizer, policy.cfg)
+    policy, cfg = built()
+    script.Policy(policy.lm, tokenizer, cfg)
     ids = tokenizer(f"+8=1{S}<latent><end-latent></think>7<eos>")["input_ids"]
     batch = {"completion_ids": torch.tensor([ids]), "lengths": torch.tensor([len(ids)]),
              "finished": torch.tensor([True]), "latent_mask": torch.tensor([ids]) == 31}
     found, = grade(batch, [{"question": "", "answer": "7"}], tokenizer, "</think>")
     assert found["correct"] and found["format_ok"] and found["latent_spans"] == [[5, 6]]
     assert found["switches"] == 1
-    assert script.latent_reward(found) == 1
+    assert script.latent_reward(found, cfg) == 1
     vocabulary = tokenizer.get_vocab()
     assert len({vocabulary[m] for m in script.MARKERS}) == 3
 
@@ -183,14 +186,14 @@ def test_sampled_ends_are_demonstrated_as_going_on_for_c_slots_and_then_ending()
     """A small cold start: greedy decoding uses all c latents, and the forced end is certain."""
     from test_hyrea_start import built as demonstrate
     policy, cfg, _, problems = demonstrate(
-        latents_per_step=2, end_latent="sampled", label_ends=True)
+        latents_per_step=2, end_latent="sampled", label_ends=True, max_replaced_steps=4,
+        sft_rounds=5, sft_steps=300, sft_batch=6, steps=600, warmup_steps=0)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": 0.01}], weight_decay=0)
-    cfg.steps, cfg.warmup_steps = 99, 0
-    for step in range(60):
-        batch = script.sft_examples(problems, policy, 4, cfg)
-        assert batch["loss_mask"].equal(batch["completion_mask"])
-        script.sft_update(policy, optimizer, trained, batch, step, cfg)
+    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": 0.015}], weight_decay=0)
+    batch = script.sft_examples(problems, policy, 4, cfg)
+    assert batch["loss_mask"].equal(batch["completion_mask"])
+    for step in range(240, 300):  # the last round: all four steps are replaced
+        script.sft_step(policy, policy, optimizer, problems, cfg, step)
     ids, labels = batch["completion_ids"], policy(batch, labels=True)["logprobs"].exp()
     assert labels[ids == policy.end_id].min() > 0.9 < labels[ids == policy.latent_id].min()
     found = script.rollout(policy, [p["prompt_ids"] for p in problems], cfg, None, greedy=True)
@@ -234,7 +237,7 @@ def test_wrong_settings_are_refused_and_long_spans_warned_of(
     assert train("hyrea", flags(model, tmp_path / "run", more)) == 2
     line, = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words.split())
-    script.parse_config(["--latents_per_step", "8"])
+    script.start_config(script.parse_config(["--latents_per_step", "8"]))
     assert "--latents_per_step 8" in capsys.readouterr().err
 
 

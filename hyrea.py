@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from common import (
-    Progress, add_up, all_reduce, autocast, candidate_scores, checkpoint_settings, combine,
-    completion_hidden, completion_logprobs, encode_prompts, fail, find_resume, fingerprint,
+    Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks, checkpoint_settings,
+    combine, completion_hidden, completion_logprobs, encode_prompts, fail, find_resume, fingerprint,
     frozen_copy, gather, grade, largest, latest_checkpoint, left_pad, lm_hidden, lm_logits,
     load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows, lora_disabled,
     make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags, peak_memory,
@@ -996,6 +996,7 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = policy.table.weight.device
     out_dir = Path(cfg.out_dir)
+    check_ranks(settings, resumed)
     optimizer = torch.optim.AdamW(param_groups(policy, cfg), betas=(0.9, cfg.adam_beta2))
     state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
     if resumed:

@@ -32,13 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from common import (
-    Progress, add_up, all_reduce, autocast, candidate_scores, combine, completion_hidden,
-    completion_logprobs, encode_prompts, fail, find_resume, fingerprint, frozen_copy, gather, grade,
-    gumbel_like, largest, latest_checkpoint, left_pad, lm_hidden, lm_logits, load_checkpoint,
-    load_method, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima,
-    means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
-    resolve_config, run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed,
-    stop_requested, summarise, top_k_mixture, warn, weights_fingerprint)
+    Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks, combine,
+    completion_hidden, completion_logprobs, encode_prompts, fail, find_resume, fingerprint,
+    frozen_copy, gather, grade, gumbel_like, largest, latest_checkpoint, left_pad, lm_hidden,
+    lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows,
+    lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags,
+    peak_memory, record_sums, resolve_config, run_program, save_checkpoint, select_rows,
+    setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture, warn,
+    weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -1066,6 +1067,7 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = policy.table.weight.device
     out_dir = Path(cfg.out_dir)
+    check_ranks(settings, resumed)
     optimizer = torch.optim.AdamW(param_groups(policy, cfg), betas=(0.9, cfg.adam_beta2))
     state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
     if resumed:
@@ -1166,7 +1168,7 @@ def main(argv=None):
     if cfg.stage != "rl" and not cfg.dry_run:
         start = start_config(cfg)
         trained = latest_checkpoint(Path(start.out_dir))
-        if resumed and cfg.stage == "all":  # the start is complete; the reference is a copy of it
+        if resumed and trained and cfg.stage == "all":  # complete; the reference is a copy of it
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
             examples = read_demonstrations(problems, tokenizer, policy, cfg)

@@ -105,7 +105,7 @@ def test_a_field_that_scripts_share_has_the_same_help_in_all(name):
     both = notes[0].keys() & notes[1].keys()
     assert len(both) > 35
     differ = {field for field in both if notes[0][field] != notes[1][field]}
-    assert differ <= {"steps", "preset", "weight_decay", "stop_after"}
+    assert differ <= {"steps", "preset", "train", "weight_decay", "gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

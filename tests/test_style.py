@@ -168,12 +168,3 @@ def test_every_departure_in_the_code_stands_in_the_page_of_the_method():
         departures = re.findall(r"paper: .*", (ROOT / name).read_text(encoding="utf-8"))
         page = (ROOT / "docs" / name.replace(".py", ".md")).read_text(encoding="utf-8")
         assert page.count("\n| ") >= len(departures) > 0
-
-
-def test_every_promise_of_the_readme_names_a_test_that_exists():
-    promises = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Promises")[2]
-    names = re.findall(r"`(\w+)(\.py)?`", promises.partition("\n## ")[0])
-    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
-    for name, ending in names:
-        if ending or name.startswith("test_"):
-            assert (ROOT / "tests" / f"{name}.py").is_file() if ending else f"def {name}(" in tests

@@ -152,3 +152,9 @@ def test_grpo_in_150_lines_learns_what_is_rewarded(small, model, monkeypatch, ca
     assert len(rewards) == 8 * 4 * 8
     assert sum(rewards[-64:]) > sum(rewards[:64]) + 24, (sum(rewards[-64:]), sum(rewards[:64]))
     assert re.fullmatch(r"(step \d+  accuracy \d\.\d{3}\n){2}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_metrics_of_a_method_stand_in_the_table(method):
+    names = import_module(method).METHOD_METRICS
+    assert names and all(f"`{name}`" in read(DOCS / "runs.md") for name in names)

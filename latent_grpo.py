@@ -125,11 +125,9 @@ class Config:
     dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        for name in ("update_epochs", "minibatches", "latent_top_k", "sft_steps", "chunk",
-                     "sft_save_every"):
-            if getattr(self, name) < 1:
-                fail(f"--{name} {getattr(self, name)}: must be at least 1")
-        resolve_config(self, METHOD, self.minibatches)  # fills in "auto", checks what is shared
+        counts = ("update_epochs", "minibatches", "latent_top_k", "sft_steps", "sft_save_every",
+                  "chunk")
+        resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
         choices = {"stage": ("sft", "rl", "all"), "ste": ("paper", "released", "none"),
                    "latent_end": ("clean", "perturbed", "either")}
         for name, known in choices.items():
@@ -206,8 +204,9 @@ def nucleus(logprobs, top_k, top_p):
     logprobs [b, V] -> logprobs [b, C], ids [b, C], likeliest first; -inf outside.
     """
     num_ids = logprobs.shape[-1]
+    # Sorting all ids is slow, and a nucleus of more than 1024 is rare.
     best, ids = logprobs.topk(min(num_ids, max(1024, top_k)), -1)
-    if (best.exp().sum(-1) < top_p).any():  # rare: some nucleus is larger. Sorting all ids is slow
+    if (best.exp().sum(-1) < top_p).any():
         best, ids = logprobs.topk(num_ids, -1)
     probs = best.exp()
     likelier = probs.cumsum(-1) - probs  # the mass of all likelier ids
@@ -251,13 +250,13 @@ def latent_logprob(scores, logprobs, ste):
     # paper: sum over K; released code: mean, which keeps the ratio's size independent of K.
     d = scores - logprobs
     value = -d - torch.exp(-d)
-    past = value  # what counts where d < 0
+    crossed = value  # what counts where d < 0: the same value, another slope
     if ste == "paper":
-        past = 2 * value.detach() - value
+        crossed = 2 * value.detach() - value
     elif ste == "released":
         gentle = d - torch.exp(d.clamp(max=0))  # the clamp: no overflow where it does not count
-        past = value.detach() + (gentle - gentle.detach())
-    return torch.where(d < 0, past, value).mean(-1)
+        crossed = value.detach() + (gentle - gentle.detach())
+    return torch.where(d < 0, crossed, value).mean(-1)
 
 
 class Policy(nn.Module):
@@ -287,65 +286,64 @@ class Policy(nn.Module):
         mixed = top_k_mixture(batch["topk_ids"], weights, self.table)
         return torch.where(batch["latent_mask"][..., None], mixed, tokens)
 
-    def hidden(self, batch, lm):
-        """The hidden states [B, T, H] that decide each completion position."""
-        return completion_hidden(lm, batch, self.completion_embeds(batch))
+    def hidden(self, batch, lm=None):
+        """The hidden states [B, T, H] of lm that decide each completion position."""
+        return completion_hidden(lm or self.lm, batch, self.completion_embeds(batch))
 
-    def score(self, lm, batch):
-        """-> kept [B, T, K], tokens [B, T], entropy [B, T] (nats) of either.
+    def score(self, batch, lm):
+        """-> kept [B, T, K], token_logprobs [B, T], entropy [B, T] (nats).
 
-        kept: log-probs of topk_ids at latent steps, at temperature 1 as in latent_step. tokens:
-        those of completion_ids elsewhere, at the temperature that they were sampled at. Both are 0
-        where they are not meant, the entropy outside loss_mask.
+        kept: log-probs of topk_ids at latent steps, at temperature 1 as in latent_step, else 0.
+        token_logprobs: those of completion_ids at all other positions of loss_mask, at the
+        temperature that they were sampled at, else 0. The entropy is that of either.
         """
         hidden = self.hidden(batch, lm)
         is_latent = batch["latent_mask"] & batch["loss_mask"]
         is_token = batch["loss_mask"] & ~is_latent
         # paper: one temperature; released code: answers sampled at 1 (a stale flag), scored at 0.6.
-        tokens, entropy = completion_logprobs(
+        token_logprobs, token_entropy = completion_logprobs(
             lm, hidden, batch["completion_ids"], is_token, self.cfg.temperature)
         kept, latent_entropy = completion_logprobs(lm, hidden, batch["topk_ids"], is_latent)
-        return kept, tokens, entropy + latent_entropy
+        return kept, token_logprobs, token_entropy + latent_entropy
 
-    def surrogate(self, kept, tokens, batch, ste, shift=0.0):
-        """Log-probs [...]: latent_logprob of kept [..., K] at latent steps, tokens [...] elsewhere.
+    def surrogate(self, kept, token_logprobs, batch, ste, shift=0.0):
+        """latent_logprob of kept [..., K] at latent steps, token_logprobs elsewhere -> [...].
 
         The density is that of the noise before its scaling (--noise_scale), minus shift.
         """
         scale = self.cfg.noise_scale or 1.0  # 0 only decodes
         scores = batch["topk_scores"] / scale - shift
         latents = latent_logprob(scores, kept / scale, ste)
-        return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, tokens)
+        return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, token_logprobs)
 
-    def kl_logprobs(self, kept, tokens, batch):
+    def kl_logprobs(self, kept, token_logprobs, batch):
         """As surrogate, but under the density that the noise really had, for the KL term.
 
         Under it the mean slope of what was drawn is 0: k3 is least where nothing has moved and
         pulls back all else. With the shift left in, k3 would push all kept log-probs, even away.
         """
         shift = LOW if self.cfg.one_sided else 0.0
-        return self.surrogate(kept, tokens, batch, "none", shift)
+        return self.surrogate(kept, token_logprobs, batch, "none", shift)
 
     def forward(self, batch, labels=False):
         """-> {"logprobs" [B, T], "kl_logprobs" [B, T], "entropy" [B, T] (nats), "kept"}.
 
         logprobs: the surrogate with the slopes of --ste. kept [B, T, K]: log-probs of topk_ids at
         latent steps. All are 0 outside loss_mask. labels: for the supervised stage, which has no
-        surrogate, only kept and the log-probs of tokens.
+        surrogate, only kept and the log-probs of the other positions.
         """
         with autocast(self.lm):
-            kept, tokens, entropy = self.score(self.lm, batch)
+            kept, token_logprobs, entropy = self.score(batch, self.lm)
         if labels:
-            return {"kept": kept, "logprobs": tokens}
+            return {"kept": kept, "logprobs": token_logprobs}
         ste = self.cfg.ste if self.cfg.one_sided else "none"
-        logprobs = self.surrogate(kept, tokens, batch, ste)
+        logprobs = self.surrogate(kept, token_logprobs, batch, ste)
         if ste == "released" and "advantages" in batch:  # only where they are not positive
-            plain = self.surrogate(kept, tokens, batch, "none")
+            plain = self.surrogate(kept, token_logprobs, batch, "none")
             logprobs = torch.where(batch["advantages"] > 0, plain, logprobs)
-        kl_logprobs = self.kl_logprobs(kept, tokens, batch)
         return {
             "logprobs": logprobs,
-            "kl_logprobs": kl_logprobs,
+            "kl_logprobs": self.kl_logprobs(kept, token_logprobs, batch),
             "entropy": entropy,
             "kept": kept}
 
@@ -370,7 +368,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     is_given = cfg.floor and t < len(policy.marker_ids)  # an empty thought: no choice, no score
     if is_given:
         ids = torch.full_like(ids, policy.marker_ids[t])
-    if state:
+    if state:  # there are latent steps
         ids, record, state = think(policy, logits, ids, t, state, cfg, rng, greedy)
     else:
         no_mixture = torch.zeros(len(ids), policy.top_k, device=ids.device)  # [b, K]
@@ -380,9 +378,9 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
             "topk_ids": no_mixture.long(),
             "topk_scores": no_mixture}
     embeds = policy.completion_embeds({"completion_ids": ids, **record})
-    tokens = torch.log_softmax(logits / cfg.temperature, -1).gather(1, ids[:, None])[:, 0]
+    logprobs = torch.log_softmax(logits / cfg.temperature, -1).gather(1, ids[:, None])[:, 0]
     kept = torch.log_softmax(logits, -1).gather(1, record["topk_ids"])  # [b, K]
-    record["rollout_logprobs"] = policy.surrogate(kept, tokens, record, "none")
+    record["rollout_logprobs"] = policy.surrogate(kept, logprobs, record, "none")
     return ids, embeds, record, state
 
 
@@ -429,8 +427,8 @@ def reference_logprobs(policy, reference, batch, cfg):
     """
     lm = policy.lm if reference is None else reference
     with lora_disabled(policy.lm), autocast(lm):  # a copy keeps the adapters that it was made with
-        kept, tokens, _ = policy.score(lm, batch)
-    return policy.kl_logprobs(kept, tokens, batch)
+        kept, token_logprobs, _ = policy.score(batch, lm)
+    return policy.kl_logprobs(kept, token_logprobs, batch)
 
 
 def kl_estimate(outputs, batch):
@@ -574,12 +572,12 @@ def demonstrate(chosen, policy, cfg, is_written, rng):
         chunks = chunks + [[i] for i in problem["answer_ids"]]
         padded = [chunk + [-1] * (size - len(chunk)) for chunk in chunks]
         rows.append(torch.tensor(padded, device=device))
-    ids = nn.utils.rnn.pad_sequence(rows, True, -1)  # [B, T, K], -1: none
+    ids = nn.utils.rnn.pad_sequence(rows, True, -1)  # [B, T, K], -1: an empty place
     in_chunk = ids >= 0
     ids = ids.clamp(min=0)
     weights = in_chunk / in_chunk.sum(-1, keepdim=True).clamp(min=1)
     noise = noise_scale * gumbel_like(weights, rng)
-    scores = (weights + 1e-10).log() + noise.clamp(-LOW, HIGH)  # padding stays below -20
+    scores = (weights + 1e-10).log() + noise.clamp(-LOW, HIGH)  # empty places: about -23
     exists = in_chunk[..., 0]
     positions = torch.arange(ids.shape[1], device=device)
     latent_mask = positions < torch.tensor(latents, device=device)[:, None]
@@ -803,7 +801,7 @@ def replace_dead_groups(policy, problems, batch, records, cfg, step):
 
         batch = join_batches([batch, extra])
         live_first = dead_groups(batch, cfg).int().argsort(stable=True)
-        best = live_first[:num_groups].sort().values
+        best = live_first[:num_groups].sort().values  # in the order in which they were drawn
         rows = torch.arange(len(batch["rewards"]), device=device).view(-1, cfg.group_size)
         batch = select_rows(batch, rows[best].view(-1))
     return batch, records
@@ -856,7 +854,7 @@ def compute_advantages(batch, cfg):
     if not cfg.latent or cfg.dry_run:  # in a dry run all are cut off
         return advantages[:, None] * mask
     valid = batch["lengths"] < cfg.max_completion_length  # [B] [eq. 9]
-    groups = torch.arange(len(rewards), device=rewards.device).view(-1, cfg.group_size)
+    groups = torch.arange(len(rewards), device=rewards.device).view(-1, cfg.group_size)  # rows
     if cfg.mask_invalid:
         for group in groups:
             advantages[group] = valid_advantages(rewards[group], valid[group])

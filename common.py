@@ -1422,8 +1422,7 @@ def step_folders(out_dir):
 def checkpoint_step(folder):
     """The step that a checkpoint holds; its name, which anybody can change, if it does not say."""
     try:
-        settings = json.loads((folder / "hf" / "latent" / "config.json").read_text(encoding="utf-8"))
-        return settings["step"]
+        return checkpoint_settings(folder)["step"]
     except (OSError, ValueError, TypeError, KeyError):
         return int(folder.name.removeprefix("step_"))
 

@@ -660,46 +660,85 @@ def apply_operation(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-def encode_prompts(tokenizer, problems, marker, max_length):
+# ---- prompts -------------------------------------------------------------------------------------
+
+INSTRUCTION = ("Think through the problem step by step. Then end your thinking with the marker "
+               "{marker} , written exactly once, and give only the final answer after it, like "
+               "this: reasoning {marker} answer")
+
+
+def encode_prompts(tokenizer, problems, marker, max_length, **form):
     """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
 
-    The chat template is rendered to text and tokenised without special tokens, so that a BOS is
-    never doubled. A tokenizer without a template gets a plain prompt, with its special tokens.
+    form: what else makes a prompt, see render_prompt. The prompt is tokenised without special
+    tokens where a chat template wrote them, so that a BOS is never doubled, and else with them.
     """
-    task = ("Think through the problem step by step. Then end your thinking with the marker "
-            f"{marker} , written exactly once, and give only the final answer after it, like "
-            f"this: reasoning {marker} answer")
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if marker not in tokenizer.decode(ids, skip_special_tokens=True):
         fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
              "tokenizer; no graded text would contain it")
-    texts = []
-    for problem in problems:
-        question = problem["question"].strip()
-        turns = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        if "system" not in (tokenizer.chat_template or ""):  # such templates refuse a system turn
-            turns = [{"role": "user", "content": f"{task}\n\n{question}"}]
-        if tokenizer.chat_template:
-            form = {"tokenize": False, "add_generation_prompt": True}
-            texts.append(tokenizer.apply_chat_template(turns, **form))
-        else:
-            texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
-    plain = not tokenizer.chat_template  # only then is a BOS still missing
-    encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
-    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
-    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
+    texts = [render_prompt(tokenizer, p["question"], marker, **form) for p in problems]
+    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    check_characters(tokenizer, texts, encoded)
+    kept = []
+    for problem, ids in zip(problems, encoded):
+        if len(ids) <= max_length:
+            kept.append({**problem, "prompt_ids": ids})
+    lost = len(problems) - len(kept)
+    if lost:
+        (warn if kept else fail)(
+            f"dropped {lost} of all {len(problems)} prompts: longer than --max_prompt_length "
+            f"{max_length}; the shortest has {min(map(len, encoded))} tokens")
+    return kept
+
+
+def render_prompt(tokenizer, question, marker, instruction=None, template_args="", prompt_suffix="",
+                  date=None):
+    """The text that a model goes on from: the chat template's, or a plain one without a template.
+
+    instruction    {marker} in it is filled in; "" for none, None for ours. It is the system turn,
+                   or stands in the user turn where the template knows or takes no system turn
+    template_args  JSON object for the chat template, as {"enable_thinking": false}
+    prompt_suffix  text after it, as <think>
+    date           YYYY-MM-DD that the template writes instead of today's
+    """
+    task = (INSTRUCTION if instruction is None else instruction).replace("{marker}", marker)
+    if not tokenizer.chat_template:
+        framed = f"{task}\n\nQuestion: {question}\nAnswer:"
+        return (framed if task else question) + prompt_suffix
+    attempts = [[{"role": "user", "content": f"{task}\n\n{question}".strip()}]]
+    if task and "system" in str(tokenizer.chat_template):
+        system = {"role": "system", "content": task}
+        attempts.insert(0, [system, {"role": "user", "content": question}])
+    for turns in attempts:
+        try:
+            return render_turns(tokenizer, turns, template_args, date) + prompt_suffix
+        except Exception as error:  # whatever a template raises, say against a system turn
+            reason = first_line(error)
+    fail(f"the chat template of --model {tokenizer.name_or_path} fails with --template_args "
+         f"{template_args!r:.99}: {reason}")
+
+
+def render_turns(tokenizer, turns, template_args, date):
+    """Turns through the chat template -> text; an error where it takes none."""
+    template = tokenizer.get_chat_template()
+    if date:  # Llama-3.2 writes strftime_now("%d %b %Y")
+        day = time.strptime(date, "%Y-%m-%d")
+        call = r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
+    args = {"add_generation_prompt": True, **json.loads(template_args or "{}"), "tokenize": False}
+    return tokenizer.apply_chat_template(turns, chat_template=template, **args)
+
+
+def check_characters(tokenizer, texts, encoded):
+    """Say how many prompts hold characters that the tokenizer does not know: tiny reads a pad."""
+    pad = tokenizer.pad_token
+    pad_id = tokenizer.pad_token_id  # it can be the BOS, too, which stands in front
+    unknown = sum(pad_id in ids[1:] and pad not in text for ids, text in zip(encoded, texts))
     if unknown:
         (warn if unknown < len(texts) else fail)(
             f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
             "not know; tiny knows digits, + - * and = only: name a --model")
-    kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
-    if not kept:
-        fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
-             f"shortest has {min(map(len, encoded))} tokens")
-    if len(kept) < len(problems):
-        warn(f"dropped {len(problems) - len(kept)} of {len(problems)} prompts: longer than "
-             f"--max_prompt_length {max_length}")
-    return kept
 
 
 class Marker:

@@ -346,7 +346,7 @@ def load_problems(spec, split="train", limit=0):
     spec      `arithmetic...`, a named set, hub:owner/repo/file or the path of a file. A comma
               separates sets, so that no path can hold one; limit (0: none) counts in each of them
     answer    a text, or a list of texts of which any counts; set: its name in spec
-    source    "file:line"; row: all columns of the file, for a user's own reward
+    source    "file:line"; row: all columns of a file's row, for a user's own reward
     steps, solution    what a supervised stage can imitate, or None
 
     Rows whose answer the checker cannot read are dropped and counted; a row without a question or
@@ -366,7 +366,8 @@ def load_set(name, split, limit):
     problems, lost = [], []
     for line, row in read_rows(path):
         problem = read_problem(row, f"{path}:{line}")
-        if is_readable(problem["answer"]):
+        none = problem["answer"] in ("proof", "notfound")  # so NuminaMath says that it has none
+        if is_readable(problem["answer"]) and not none:
             problems.append(problem)
         else:
             lost.append(f"{path}:{line}: {problem['answer']!r:.50}")
@@ -380,8 +381,7 @@ def load_set(name, split, limit):
 
 def data_fingerprint(problems, keys=("question", "answer")):
     """Short hash over the given columns: tells data apart, wherever its files lie."""
-    text = json.dumps([[problem.get(key) for key in keys] for problem in problems])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return fingerprint([[problem.get(key) for key in keys] for problem in problems])
 
 
 # ---- files ---------------------------------------------------------------------------------------

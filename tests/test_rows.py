@@ -78,11 +78,11 @@ def test_several_accepted_answers_stay_a_list(tmp_path, monkeypatch, name):
 def test_prose_without_a_marked_answer_is_dropped_by_line_and_never_gold(tmp_path, capsys):
     prose = {"problem": "9*3?", "solution": "Add three to itself eight times and stop there."}
     path = write(tmp_path / "a.jsonl", prose, ROWS["NuminaMath"][0], prose, {
-        "problem": "Q", "solution": "####"})
+        "problem": "Q", "solution": "####"}, {"problem": "Q", "answer": "proof"})
     problem, = load_problems(path)
     assert problem["source"] == f"{path}:2"
     warning, = capsys.readouterr().err.splitlines()
-    assert "3 rows dropped" in warning
+    assert "4 rows dropped" in warning and f"{path}:5: 'proof'" in warning
     assert all(f"{path}:{line}: ''" in warning for line in (1, 3, 4))
 
 

@@ -304,15 +304,21 @@ def train_tiny(spec, folder):
 
 # === 2. problems and prompts ======================================================================
 
-RAW, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
-GSM8K = f"{RAW}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math"
-GSM = {"train": "17f347dc51477c50d4efb83959dbb7c5", "test": "3730d312f6e3440559ace48831e51066"}
-SVAMP = f"{RAW}/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json"
-MATH = f"{HUB}/HuggingFaceH4/MATH-500/resolve/6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl"
-AIME = f"{HUB}/math-ai/aime25/resolve/563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl"
-QWEN = f"{RAW}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math"
+         "/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data")
+SVAMP = ("https://raw.githubusercontent.com/arkilpatel/SVAMP"
+         "/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json")
+MATH = ("https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve"
+        "/6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl")
+AIME = ("https://huggingface.co/datasets/math-ai/aime25/resolve"
+        "/563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl")
+QWEN = ("https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math"
+        "/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data")
 NAMED_SETS = {  # {name: {split: (address, how the file's sha256 starts, or "")}}
-    "gsm8k": {split: (f"{GSM8K}/data/{split}.jsonl", digest) for split, digest in GSM.items()},
+    "gsm8k": {
+        "train": (f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c5"),
+        "test": (f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066"),
+    },
     "svamp": {"test": (SVAMP, "5be77703a6d891ae476d7c082787ad36")},
     "math500": {"test": (MATH, "35dc41080a3680858b27fa7e0533d2d5")},
     "aime25": {"test": (AIME, "b4e273c02d3e7fe1b74b59eae768fc82")},
@@ -320,113 +326,285 @@ NAMED_SETS = {  # {name: {split: (address, how the file's sha256 starts, or "")}
 }
 ANNOTATION = r"<<[^<>\n]*=[^<>\n]*>>"  # a calculator step in GSM8K's prose: <<48/2=24>>
 ENDING = re.compile(r"\.(jsonl|json|csv|parquet)(?:\.gz)?$")
-QUESTION = ("question", "prompt", "problem", "input")  # the first that a row has is used
-ANSWER = ("answer", "final_answer", "target", "answerkey", "final_ans", "solution")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+COLUMNS = {  # what a column may be called; a dot reaches into it; the first one with a value counts
+    "question": ("question", "problem", "query", "extra_info.question", "prompt", "input",
+                 "messages"),
+    "answer": ("answer.aliases", "answers.text", "answer", "answers", "final_answer", "final_ans",
+               "expected_answer", "golden_answers", "ground_truth", "target", "answerkey",
+               "reward_model.ground_truth.target", "reward_model.ground_truth"),
+    "prose": ("cot_answer", "solution", "response", "completion", "messages"),  # ends in the answer
+    "chain": ("cot", "solution", "response", "completion", "messages", "extra_info.answer"),
+    "steps": ("steps",),
+    "choices": ("choices", "options"),
+}
 
 
-def load_problems(spec: str, split: str = "train", limit: int = 0) -> list[dict]:
-    """[{"question", "answer", "steps" or None, "solution" or None, "source": "file:line"}, ...]."""
-    if spec.startswith("arithmetic") and not ENDING.search(spec):
-        return arithmetic_problems(spec, split, limit)
-    path = find_file(spec, split)
-    rows = [read_problem(row, f"{path}:{line}") for line, row in read_rows(path)]
-    problems = [row for row in rows if is_readable(row["answer"])]
-    if len(problems) < len(rows):
-        lost = [f"{r['source']}: {r['answer']!r:.50}" for r in rows if not is_readable(r["answer"])]
-        warn(f"{len(lost)} rows dropped, their answer is not readable: {'; '.join(lost[:5])}")
+def load_problems(spec, split="train", limit=0):
+    """Problems of one or several data sets, each {"question", "answer", "set", "source", ...}.
+
+    spec      `arithmetic...`, a named set, hub:owner/repo/file or the path of a file. A comma
+              separates sets, so that no path can hold one; limit (0: none) counts in each of them
+    answer    a text, or a list of texts of which any counts; set: its name in spec
+    source    "file:line"; row: all columns of a file's row, for a user's own reward
+    steps, solution    what a supervised stage can imitate, or None
+
+    Rows whose answer the checker cannot read are dropped and counted; a row without a question or
+    an answer stops the load.
+    """
+    problems = []
+    for name in re.split(r"\s*,\s*", spec):
+        problems += [{**row, "set": name} for row in load_set(name, split, limit)]
+    return problems
+
+
+def load_set(name, split, limit):
+    """Problems of one data set."""
+    if name.startswith("arithmetic") and not ENDING.search(name):
+        return arithmetic_problems(name, split, limit)
+    path = find_file(name, split)
+    problems, lost = [], []
+    for line, row in read_rows(path):
+        problem = read_problem(row, f"{path}:{line}")
+        none = problem["answer"] in ("proof", "notfound")  # so NuminaMath says that it has none
+        if is_readable(problem["answer"]) and not none:
+            problems.append(problem)
+        else:
+            lost.append(f"{path}:{line}: {problem['answer']!r:.50}")
+    if lost:
+        warn(f"{len(lost)} rows dropped, their answer is not readable or not marked by #### or "
+             f"\\boxed: {'; '.join(lost[:5])}")
     if not problems:
-        fail(f"{path} holds no problems" + " with a readable answer" * bool(rows))
-    return problems[:limit] if limit > 0 else problems
+        fail(f"{path} holds no problems with a readable answer")
+    return problems[: limit or None]
 
 
-def find_file(spec, split):
-    """Path of a path, hub:owner/repo[@revision]/file or name ($LATENT_RL_DATA/gsm8k_test.jsonl)."""
-    ending, hub = ENDING.search(spec), re.fullmatch(r"hub:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", spec)
-    if ending and not spec.startswith("hub:"):
-        return os.path.expanduser(spec)
-    splits = NAMED_SETS.get(spec, {split: ("", "")})
-    for stem in [f"{spec}_{split}"] + [spec] * (list(splits) == [split]):
-        for name in (f"{stem}.jsonl.gz", f"{stem}.jsonl"):
-            if (path := Path(os.environ.get("LATENT_RL_DATA", os.devnull), name)).is_file():
-                return str(path)
-    if split not in splits or not (spec in NAMED_SETS or ending and hub):
-        known = [f"{name} ({', '.join(has)})" for name, has in NAMED_SETS.items()]
-        files = "a path or hub:owner/repo/file ending in .jsonl, .json, .csv (.gz) or .parquet"
-        fail(f"{spec} ({split}): want arithmetic, {files}, or one of {', '.join(known)}")
-    path = CACHE / "data" / re.sub(r"^\w+:/+", "", splits[split][0])
+def data_fingerprint(problems, keys=("question", "answer")):
+    """Short hash over the given columns: tells data apart, wherever its files lie."""
+    return fingerprint([[problem.get(key) for key in keys] for problem in problems])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def find_file(name, split):
+    """Path of the file that holds a data set; the hub's and named sets are downloaded once."""
+    ending = ENDING.search(name)
+    if ending and not name.startswith("hub:"):
+        return os.path.expanduser(name)
+    local = find_local(name, split)
+    if local:
+        return local
+    hub = re.fullmatch(r"hub:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", name)
+    splits = NAMED_SETS.get(name, {})
     try:
-        if hub:
+        if hub and ending:
             from huggingface_hub import hf_hub_download
 
             return hf_hub_download(hub[1], hub[3], repo_type="dataset", revision=hub[2])
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part, _ = urllib.request.urlretrieve(splits[split][0], f"{path}.{os.getpid()}.partial")
-            if not sha256(part).startswith(splits[split][1]):
-                fail(f"{spec}: {part} is not the pinned file, its sha256 differs")
-            os.replace(part, path)
+        if split in splits:
+            return download(*splits[split])
     except (OSError, ValueError) as error:
-        fail(f"{spec}: {first_line(error)}; offline, a path or LATENT_RL_DATA=folder of named sets")
+        fail(f"{name}: {first_line(error)}; offline, a path or LATENT_RL_DATA=folder of named sets")
+    fail(f"{name} ({split}): want arithmetic, a path or hub:owner/repo/file ending in .jsonl, "
+         f".json, .csv (.gz) or .parquet, or one of {', '.join(NAMED_SETS)} (only gsm8k has the "
+         "split train)")
+
+
+def find_local(name, split):
+    """Path of NAME_SPLIT.jsonl(.gz) in $LATENT_RL_DATA, or of NAME.jsonl(.gz); "" without."""
+    folder = os.environ.get("LATENT_RL_DATA", os.devnull)
+    stems = [f"{name}_{split}"]
+    if list(NAMED_SETS.get(name, [split])) == [split]:  # a set that has no other split
+        stems.append(name)
+    for stem in stems:
+        for ending in (".jsonl.gz", ".jsonl"):
+            path = Path(folder, stem + ending)
+            if path.is_file():
+                return str(path)
+    return ""
+
+
+def download(address, digest):
+    """Path of a pinned file in the cache. Written beside its name, checked, then renamed."""
+    path = CACHE / "data" / re.sub(r"^\w+:/+", "", address)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, _ = urllib.request.urlretrieve(address, f"{path}.{os.getpid()}.partial")
+        if not sha256(partial).startswith(digest):
+            fail(f"{address}: {partial} is not the pinned file, its sha256 differs")
+        os.replace(partial, path)
     return str(path)
 
 
 def read_rows(path):
-    """Pairs (line, row) of a file; in JSON lists and parquet the line is the number of the row."""
-    kind, line = ENDING.search(path)[1], 0
+    """Pairs (line, row) of a file; in a JSON list or parquet the line is the number of the row."""
+    kind = ENDING.search(path)[1]
+    line = 0
+
+    def lines():  # decoded one by one, so that an error knows its line
+        nonlocal line
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            for part in file:
+                line += 1
+                yield part.decode("utf-8-sig")
+
     try:
         if kind == "parquet":
             import pyarrow.parquet
 
-            return (yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-            text = (part.decode("utf-8-sig") for part in f if (line := line + 1))  # counts lines
-            if kind == "json":
-                yield from enumerate(json.load(f), 1)
-            elif kind == "csv":
-                yield from ((line, r) for r in csv.DictReader(text, strict=True) if any(r.values()))
-            else:
-                yield from ((line, json.loads(part)) for part in text if part.strip())
-    except (ImportError, OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as e:
-        hint = "; pip install pyarrow, or convert the file to JSONL" * (kind == "parquet")
-        fail(f"cannot read {path}{f':{line}' * (line > 0)}: {first_line(e)}{hint}")
+            text = json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str)
+            yield from enumerate(json.loads(text), 1)  # dates and the like are text now
+        elif kind == "json":
+            text = "".join(lines())
+            line = 0  # the error of a JSON file names the line
+            yield from enumerate(json_rows(text), 1)
+        elif kind == "csv":
+            for row in csv.DictReader(lines(), strict=True):
+                if any(row.values()):
+                    yield line, row
+        else:
+            for text in lines():
+                if text.strip():
+                    yield line, json.loads(text)
+    except Exception as error:  # pyarrow alone has ten kinds
+        hints = {"parquet": "; pip install pyarrow, or convert the file to JSONL",
+                 "json": "; a file with one object a line must end in .jsonl"}
+        place = f"{path}:{line}" if line else path
+        fail(f"cannot read {place}: {first_line(error)}{hints.get(kind, '')}")
+
+
+def json_rows(text):
+    """The list of rows in a JSON file, alone or under the key "data"."""
+    content = json.loads(text)
+    if isinstance(content, dict):
+        content = content.get("data", f"the keys {', '.join(content)}")
+    if not isinstance(content, list):
+        raise ValueError(f'want a list of rows or {{"data": [rows]}}, found {content}')
+    return content
+
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def read_problem(row, source):
-    r"""The gold answer follows the last ####, else is a solution's last \boxed{}, else as it is."""
+    """A row of a file -> problem; its columns may have any of the names in COLUMNS."""
     if not isinstance(row, dict) or None in row:
         fail(f"{source}: want a JSON object, or as many CSV cells as the header has")
-    row = {key.strip().lower(): value for key, value in row.items()}
-    keys = [next((key for key in names if key in row), "") for names in (QUESTION, ANSWER)]
-    if not all(keys):
-        fail(f"{source}: found {', '.join(row)}; want one of {QUESTION} and one of {ANSWER}")
-    question, answer = (read_text(row[key], f"{source}: {key}") for key in keys)
-    question = f"{row['body'].rstrip('. ')}. {question}" if row.get("body") else question  # SVAMP
-    prose = answer if "####" in answer or keys[1] == "solution" else str(row.get("solution") or "")
-    answer = (prose == answer and extract_answer(answer)) or answer
-    if choices := row.get("choices"):  # a list, {"text": [...], "label": [...]}, or text with |
-        if not isinstance(choices, dict):
-            choices = {"text": choices.split("|") if isinstance(choices, str) else choices}
-        texts, letters = choices.get("text", []), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-        names = [str(x) for x in [*choices.get("label", letters)[: len(texts)], *range(len(texts))]]
-        if answer not in names or len(names) != 2 * len(texts):
-            fail(f"{source}: answer {answer!r} is no label or index of the {len(texts)} choices")
-        index, texts = names.index(answer) % len(texts), [str(text) for text in texts]
-        if answer in texts and texts.index(answer) != index:
-            fail(f"{source}: answer {answer!r} is an index and another choice's text; use letters")
-        question = "\n".join([question] + [f"{letters[i]}. {text}" for i, text in enumerate(texts)])
-        answer = letters[index]
-    steps = row.get("steps") or prose
-    steps = steps if isinstance(steps, list) else re.findall(ANNOTATION, str(steps))
-    steps = [read_text(step, f"{source}: steps") for step in steps] or None
-    solution = re.sub(ANNOTATION, "", prose.rpartition("####")[0] or prose).strip() or None
-    return dict(question=question, answer=answer, steps=steps, solution=solution, source=source)
+    columns = {key.strip().lower(): value for key, value in row.items()}
+    found = {kind: find_column(columns, kind) for kind in COLUMNS}
+    prose = found["answer"] is None
+    if prose:
+        found["answer"] = found["prose"]
+    for kind in ("question", "answer"):
+        if found[kind] is None:
+            fail(f"{source}: no {kind} or an empty one in the columns {', '.join(row)}; rename the "
+                 f"right one to {kind}")
+    question = read_text(found["question"], f"{source}: question")
+    if isinstance(columns.get("body"), str):  # SVAMP tells its story there
+        question = f"{columns['body'].rstrip('. ')}. {question}"
+    value = found["answer"]
+    answer = read_gold(value, prose, f"{source}: answer")
+    if found["choices"]:
+        question, answer = add_choices(
+            question, answer, isinstance(value, str), found["choices"], source)
+    chain = value if "####" in str(value) else found["chain"]
+    steps, solution = read_chain(chain, found["steps"], source)
+    return {"question": question, "answer": answer, "steps": steps, "solution": solution,
+            "source": source, "row": row}
+
+
+def find_column(columns, kind):
+    """Value of the first column of a kind that has one, or None.
+
+    In a conversation only the last turn counts, of the user or else of the assistant: the system
+    turn of a row gives way to --instruction.
+    """
+    role = "user" if kind == "question" else "assistant"
+    for name in COLUMNS[kind]:
+        value = columns
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        for turn in value if isinstance(value, list) else []:
+            if isinstance(turn, dict) and turn.get("role") == role:
+                value = turn.get("content")
+        if value is not None:
+            return value
 
 
 def read_text(value, where):
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    if value is None or isinstance(value, list | dict) or not str(value).strip():
-        fail(f"{where} is empty or not text: {str(value):.50}")
-    return str(value).strip()
+    """A cell as text; 18.0 is 18. `fail`s where it is empty, no number (NaN) or no text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if isinstance(value, list | dict | None) else str(value).strip()
+    if text.lower() in ("", "nan", "inf", "-inf") or re.search(r"[\ud800-\udfff]", text):
+        fail(f"{where} is empty or not text: {value!r:.50}")
+    return text
+
+
+def read_gold(value, prose, where):
+    """Gold answer of a cell: a text, or a list of accepted texts; "" where prose marks none."""
+    cells = value if isinstance(value, list) and value else [value]
+    golds = [read_text(cell, where) for cell in cells]
+    if prose or "####" in golds[0]:
+        golds = [marked_answer(gold) for gold in golds]
+    return golds if len(golds) > 1 else golds[0]
+
+
+def marked_answer(text):
+    r"""Answer after the last ####, in the last \boxed{}, after "The answer is:" at the end.
+
+    A text without a mark is an answer itself when it has at most five words; else "".
+    """
+    answer = extract_answer(text)
+    stated = re.search(r"(?i)\banswer(?: is:?|:) *(.+)$", text)  # as MetaMathQA ends
+    if answer is None and stated:
+        answer = stated[1].rstrip(" .")
+    if answer is None and len(text.split()) <= 5:
+        answer = text
+    return answer or ""
+
+
+def add_choices(question, answer, is_text, choices, source):
+    """(Question with its choices as A., B., ..., letter of the answer).
+
+    choices  a list, {"text": [...], "label": [...]} or a text with | between
+    answer   a label or letter, an index from 0, or the text of a choice; a number in the file is no
+             text, even where the choices are numbers
+    """
+    labels = LETTERS
+    if isinstance(choices, dict):
+        labels = choices.get("label") or LETTERS
+        choices = choices.get("text")
+    if isinstance(choices, str):
+        choices = choices.split("|")
+    if not isinstance(choices, list) or not isinstance(labels, list | str) or len(choices) > 26:
+        fail(f"{source}: choices must be a list of at most 26 texts: {choices!r:.50}")
+    texts = [read_text(text, f"{source}: choices") for text in choices]
+    labels = [str(label) for label in labels]
+    indices = [str(index) for index in range(len(texts))]
+    ways = [labels if answer in labels else indices]
+    if is_text:
+        ways.append(texts)
+    places = {i for names in ways for i, name in enumerate(names[: len(texts)]) if name == answer}
+    if len(places) != 1:
+        fail(f"{source}: answer {answer!r} names none or two of the {len(texts)} choices; want a "
+             "label, a letter or a text, or an index from 0 as a number")
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts)]
+    return "\n".join([question, *lines]), LETTERS[places.pop()]
+
+
+def read_chain(prose, steps, source):
+    """(Steps, solution) that lead to the answer, each None where there is none."""
+    text = prose.rsplit("####", 1)[0] if isinstance(prose, str) else ""
+    if not isinstance(steps, list):
+        steps = re.findall(ANNOTATION, str(steps or text))
+    steps = [read_text(step, f"{source}: steps") for step in steps]
+    solution = re.sub(rf"{ANNOTATION}|</?think>|[\ud800-\udfff]", "", text).strip()
+    return steps or None, solution or None
+
+
+# ---- the built-in task ---------------------------------------------------------------------------
 
 
 def arithmetic_problems(spec, split="train", limit=0):
@@ -482,46 +660,85 @@ def apply_operation(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-def encode_prompts(tokenizer, problems, marker, max_length):
+# ---- prompts -------------------------------------------------------------------------------------
+
+INSTRUCTION = ("Think through the problem step by step. Then end your thinking with the marker "
+               "{marker} , written exactly once, and give only the final answer after it, like "
+               "this: reasoning {marker} answer")
+
+
+def encode_prompts(tokenizer, problems, marker, max_length, **form):
     """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
 
-    The chat template is rendered to text and tokenised without special tokens, so that a BOS is
-    never doubled. A tokenizer without a template gets a plain prompt, with its special tokens.
+    form: what else makes a prompt, see render_prompt. The prompt is tokenised without special
+    tokens where a chat template wrote them, so that a BOS is never doubled, and else with them.
     """
-    task = ("Think through the problem step by step. Then end your thinking with the marker "
-            f"{marker} , written exactly once, and give only the final answer after it, like "
-            f"this: reasoning {marker} answer")
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if marker not in tokenizer.decode(ids, skip_special_tokens=True):
         fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
              "tokenizer; no graded text would contain it")
-    texts = []
-    for problem in problems:
-        question = problem["question"].strip()
-        turns = [{"role": "system", "content": task}, {"role": "user", "content": question}]
-        if "system" not in (tokenizer.chat_template or ""):  # such templates refuse a system turn
-            turns = [{"role": "user", "content": f"{task}\n\n{question}"}]
-        if tokenizer.chat_template:
-            form = {"tokenize": False, "add_generation_prompt": True}
-            texts.append(tokenizer.apply_chat_template(turns, **form))
-        else:
-            texts.append(f"{task}\n\nQuestion: {question}\nAnswer:")
-    plain = not tokenizer.chat_template  # only then is a BOS still missing
-    encoded = tokenizer(texts, add_special_tokens=plain)["input_ids"]
-    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id  # the id of what tiny cannot write
-    unknown = sum(pad_id in ids and pad not in text for ids, text in zip(encoded, texts))
+    texts = [render_prompt(tokenizer, p["question"], marker, **form) for p in problems]
+    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    check_characters(tokenizer, texts, encoded)
+    kept = []
+    for problem, ids in zip(problems, encoded):
+        if len(ids) <= max_length:
+            kept.append({**problem, "prompt_ids": ids})
+    lost = len(problems) - len(kept)
+    if lost:
+        (warn if kept else fail)(
+            f"dropped {lost} of all {len(problems)} prompts: longer than --max_prompt_length "
+            f"{max_length}; the shortest has {min(map(len, encoded))} tokens")
+    return kept
+
+
+def render_prompt(tokenizer, question, marker, instruction=None, template_args="", prompt_suffix="",
+                  date=None):
+    """The text that a model goes on from: the chat template's, or a plain one without a template.
+
+    instruction    {marker} in it is filled in; "" for none, None for ours. It is the system turn,
+                   or stands in the user turn where the template knows or takes no system turn
+    template_args  JSON object for the chat template, as {"enable_thinking": false}
+    prompt_suffix  text after it, as <think>
+    date           YYYY-MM-DD that the template writes instead of today's
+    """
+    task = (INSTRUCTION if instruction is None else instruction).replace("{marker}", marker)
+    if not tokenizer.chat_template:
+        framed = f"{task}\n\nQuestion: {question}\nAnswer:"
+        return (framed if task else question) + prompt_suffix
+    attempts = [[{"role": "user", "content": f"{task}\n\n{question}".strip()}]]
+    if task and "system" in str(tokenizer.chat_template):
+        system = {"role": "system", "content": task}
+        attempts.insert(0, [system, {"role": "user", "content": question}])
+    for turns in attempts:
+        try:
+            return render_turns(tokenizer, turns, template_args, date) + prompt_suffix
+        except Exception as error:  # whatever a template raises, say against a system turn
+            reason = first_line(error)
+    fail(f"the chat template of --model {tokenizer.name_or_path} fails with --template_args "
+         f"{template_args!r:.99}: {reason}")
+
+
+def render_turns(tokenizer, turns, template_args, date):
+    """Turns through the chat template -> text; an error where it takes none."""
+    template = tokenizer.get_chat_template()
+    if date:  # Llama-3.2 writes strftime_now("%d %b %Y")
+        day = time.strptime(date, "%Y-%m-%d")
+        call = r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
+    args = {"add_generation_prompt": True, **json.loads(template_args or "{}"), "tokenize": False}
+    return tokenizer.apply_chat_template(turns, chat_template=template, **args)
+
+
+def check_characters(tokenizer, texts, encoded):
+    """Say how many prompts hold characters that the tokenizer does not know: tiny reads a pad."""
+    pad = tokenizer.pad_token
+    pad_id = tokenizer.pad_token_id  # it can be the BOS, too, which stands in front
+    unknown = sum(pad_id in ids[1:] and pad not in text for ids, text in zip(encoded, texts))
     if unknown:
         (warn if unknown < len(texts) else fail)(
             f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
             "not know; tiny knows digits, + - * and = only: name a --model")
-    kept = [{**p, "prompt_ids": i} for p, i in zip(problems, encoded) if len(i) <= max_length]
-    if not kept:
-        fail(f"--max_prompt_length {max_length}: all {len(problems)} prompts are longer, the "
-             f"shortest has {min(map(len, encoded))} tokens")
-    if len(kept) < len(problems):
-        warn(f"dropped {len(problems) - len(kept)} of {len(problems)} prompts: longer than "
-             f"--max_prompt_length {max_length}")
-    return kept
 
 
 class Marker:

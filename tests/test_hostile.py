@@ -59,13 +59,15 @@ def test_pickled_weights_are_never_opened(method, model, tmp_path, capsys):
     assert executed.exists()
 
 
-def test_a_chat_template_cannot_leave_its_sandbox(tmp_path):
+def test_a_chat_template_cannot_leave_its_sandbox(tmp_path, capsys):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ("{{ cycler.__init__.__globals__.os.mkdir('%s') }}"
                                % (tmp_path / "executed"))
     problems = common.load_problems("arithmetic:2", "test", 2)
-    with pytest.raises(Exception, match="unsafe"):
+    with pytest.raises(SystemExit):
         common.encode_prompts(tokenizer, problems, "</think>", 99)
+    line, = capsys.readouterr().err.splitlines()
+    assert "chat template" in line and "unsafe" in line
     assert not (tmp_path / "executed").exists()
 
 

@@ -16,6 +16,7 @@ FORMATS = [
     ("a.jsonl", "\ufeff\r\n" + ROW.replace("\n", "\r\n") + "  \r\n"),
     ("a.jsonl.gz", ROW),
     ("a.json", f"[{ROW}]"),
+    ("a.json", '{"version": 1, "data": [%s]}' % ROW),
     ("a.csv", "\ufeffProblem,Target\r\n1+1?,2\r\n\r\n,\r\n"),
 ]
 ANSWERS = [
@@ -25,15 +26,39 @@ ANSWERS = [
     ({"solution": r"\boxed{1}, no: \boxed{\frac{1}{2}}"}, r"\frac{1}{2}"),
     ({"choices": ["x", "y", "z"], "answer": 2}, "C"),
     ({"choices": ["7", "1", "2"], "answer": 0}, "A"),
-    ({"choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answerKey": "2"}, "B"),
+    ({"choices": {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}, "answerKey": "2"}, "B"),
+    ({"choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answer": 1}, "B"),
+    ({"choices": {"label": None, "text": ["x", "y"]}, "answer": 1.0}, "B"),
+    ({"choices": ["3", "5", "4", "2"], "answer": 2}, "C"),  # an integer is an index, as in MMLU
+    ({"options": ["Rome", "Oslo"], "answer": "Oslo"}, "B"),
 ]
 MISTAKES = [  # file, content, what the message has to say
     ("a.jsonl", ROW + "\n{oops\n", "a.jsonl:3"),
     ("a.json", '[{"question": "Q",\n oops}]', "a.json & line 2"),
-    ("a.json", '{"data": []}', "a.json:1 & JSON object"),
-    ("a.jsonl", '{"text": "Q", "gold": 1}', "a.jsonl:1 & text, gold & problem & target"),
+    ("a.json", '{"data": []}', "a.json & no problems"),
+    ("a.json", '{"train": [], "test": []}', 'a.json & "data" & train, test'),
+    ("a.json", "5", "a.json & list of rows & 5"),
+    ("a.json", '{"data": "x"}', "a.json & list of rows & x"),
+    ("a.json", ROW * 2, "a.json & line 2 & .jsonl"),
+    ("a.jsonl", "[1]", "a.jsonl:1 & JSON object"),
+    ("a.jsonl", '{"text": "Q", "gold": 1}', "a.jsonl:1 & no question & text, gold & rename"),
+    ("a.jsonl", '{"problem": "Q", "gold": 1}', "a.jsonl:1 & no answer & problem, gold & rename"),
     ("a.jsonl", ROW + '{"question": " ", "answer": 1}', "a.jsonl:2: question & empty"),
-    ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": 1}', "prompt & not text"),
+    ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": 1}', "prompt & no question"),
+    ("a.jsonl", '{"prompt": [{"role": "system", "content": "S"}], "answer": 1}', "question & S"),
+    ("a.jsonl", ROW + '{"question": "Q", "answer": null}', "a.jsonl:2 & no answer"),
+    ("a.jsonl", ROW + '{"question": "Q", "answer": NaN}', "a.jsonl:2: answer & nan"),
+    ("a.jsonl", ROW + '{"question": "Q", "answer": -Infinity}', "a.jsonl:2: answer & inf"),
+    ("a.jsonl", '{"question": "Q", "answer": ["1", null]}', "a.jsonl:1: answer & None"),
+    ("a.jsonl", '{"question": "Q", "answer": []}', "a.jsonl:1: answer & []"),
+    ("a.jsonl", '{"question": "Q\\ud800", "answer": 1}', "a.jsonl:1: question & \\ud800"),
+    ("a.jsonl", '{"question": "Q", "answer": "\\udfff"}', "a.jsonl:1: answer & \\udfff"),
+    ("a.jsonl", '{"question": "Q", "answer": 1, "steps": ["\\ud800"]}', "steps & \\ud800"),
+    ("a.jsonl", '{"question": "Q", "answer": 1, "choices": 5}', "a.jsonl:1: choices & list & 5"),
+    ("a.jsonl", '{"problem": "Q", "answer": 1, "choices": {"text": ["x"], "label": 5}}', "choices"),
+    ("a.jsonl", '{"question": "Q", "answer": 2, "choices": ["x", "2"]}', "'2' & 2 choices"),
+    ("a.jsonl", '{"question": "Q", "answer": true, "choices": ["x", "y"]}', "'True'"),
+    ("a.jsonl", '{"question": "Q", "answer": "1", "choices": ["1", "y"]}', "'1' & two"),
     ("a.jsonl", '{"question": "Q", "answer": 1, "steps": [{}]}', "a.jsonl:1: steps"),
     ("a.jsonl", '{"input": "Q", "answer": "E", "choices": ["x", "y"]}', "'E' & 2 choices"),
     ("a.jsonl", "\n", "a.jsonl & no problems"),
@@ -42,6 +67,8 @@ MISTAKES = [  # file, content, what the message has to say
     ("a.csv", "question,answer\n1,000?,2\n", "a.csv:2 & header"),
     ("a.csv", 'question,answer\n"1+1?,2\n', "a.csv:2"),
     ("a.csv", b"question,answer\ncaf\xe9,2\n", "a.csv:2 & utf-8"),
+    ("a.csv", "question,answer\n1+1?,nan\n", "a.csv:2: answer & nan"),
+    ("a,b.jsonl", ROW, "one of gsm8k"),
 ]
 
 
@@ -63,7 +90,9 @@ def error_of(capsys, spec, split="train"):
 def test_every_format_gives_the_same_problem(tmp_path, name, content):
     problem = load_problems(write(tmp_path, name, content))[0]
     assert problem.pop("source") == f"{tmp_path / name}:{2 if content[0] == chr(0xFEFF) else 1}"
-    assert problem == {"question": "1+1?", "answer": "2", "steps": None, "solution": None}
+    assert list(problem.pop("row").values()) == ["1+1?", "2"]
+    assert problem == {"question": "1+1?", "answer": "2", "steps": None, "solution": None,
+                       "set": str(tmp_path / name)}
 
 
 @pytest.mark.parametrize("columns, answer", ANSWERS)
@@ -71,7 +100,7 @@ def test_columns_are_read_as_documented(tmp_path, columns, answer):
     row = json.dumps({"question": "Q", **columns})
     problem = load_problems(write(tmp_path, "a.jsonl", row))[0]
     assert problem["answer"] == answer
-    assert ("\nA. " in problem["question"]) == ("choices" in columns)
+    assert ("\nA. " in problem["question"]) == bool({"choices", "options"} & set(columns))
 
 
 def test_steps_and_solution_come_from_columns_or_from_gsm8k_prose(tmp_path):
@@ -118,10 +147,12 @@ def test_named_sets_come_from_a_folder_or_a_checked_download(tmp_path, capsys, m
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     write(tmp_path, "svamp.jsonl", ROW)
     path = write(tmp_path, "gsm8k_test.jsonl.gz", ROW)
-    assert load_problems("gsm8k", "test") == load_problems(path)
+    assert load_problems("gsm8k", "test") == [{**p, "set": "gsm8k"} for p in load_problems(path)]
     assert load_problems("svamp", "test")[0]["answer"] == "2"
-    assert "svamp (test)" in error_of(capsys, "svamp", "train")
-    assert "gsm8k (train, test)" in error_of(capsys, "gsm9k")
+    assert "svamp (train): want" in error_of(capsys, "svamp", "train")
+    assert "or one of gsm8k, svamp" in error_of(capsys, "gsm9k")
+    trained = [name for name, splits in common.NAMED_SETS.items() if "train" in splits]
+    assert trained == ["gsm8k"]  # as the message says
     address, digest = Path(path).as_uri(), common.sha256(path)
     sets = {"toy": {"test": (address, digest), "train": (address, "0" * 64), "x": ("file:/x", "")}}
     monkeypatch.setattr(common, "NAMED_SETS", sets)
@@ -138,8 +169,9 @@ def test_the_hub_and_the_generator_get_what_the_name_says(tmp_path, capsys, monk
     assert load_problems("hub:owner/repo@v1/sub/a.jsonl")[0]["answer"] == "2"
     assert calls == [("owner/repo", "sub/a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
     assert "hub:owner/repo/file" in error_of(capsys, "hub:owner/a.jsonl")
-    monkeypatch.setattr(common, "arithmetic_problems", lambda *arguments: arguments)
-    assert load_problems("arithmetic:3", "test", 7) == ("arithmetic:3", "test", 7)
+    monkeypatch.setattr(common, "arithmetic_problems", lambda *arguments: [{"got": arguments}])
+    assert load_problems("arithmetic:3", "test", 7) == [
+        {"got": ("arithmetic:3", "test", 7), "set": "arithmetic:3"}]
 
 
 def test_the_sample_files_load():

@@ -667,67 +667,67 @@ INSTRUCTION = ("Think through the problem step by step. Then end your thinking w
                "this: reasoning {marker} answer")
 
 
-def encode_prompts(tokenizer, problems, marker, max_length, **form):
-    """Problems with "prompt_ids" added; those over max_length tokens are dropped and counted.
+def encode_prompts(tokenizer, problems, cfg):
+    """Problems with "prompt_ids" added; those over max_prompt_length are dropped and counted.
 
-    form: what else makes a prompt, see render_prompt. The prompt is tokenised without special
-    tokens where a chat template wrote them, so that a BOS is never doubled, and else with them.
+    cfg: answer_marker, max_prompt_length, and what render_prompt reads. The prompt is tokenised
+    without special tokens where a chat template wrote them, so that a BOS is never doubled, and
+    else with them.
     """
+    marker = cfg.answer_marker
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if marker not in tokenizer.decode(ids, skip_special_tokens=True):
         fail(f"--answer_marker {marker}: is a special token here, or cannot be written with this "
              "tokenizer; no graded text would contain it")
-    texts = [render_prompt(tokenizer, p["question"], marker, **form) for p in problems]
+    texts = [render_prompt(tokenizer, problem["question"], cfg) for problem in problems]
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     check_characters(tokenizer, texts, encoded)
     kept = []
     for problem, ids in zip(problems, encoded):
-        if len(ids) <= max_length:
+        if len(ids) <= cfg.max_prompt_length:
             kept.append({**problem, "prompt_ids": ids})
     lost = len(problems) - len(kept)
     if lost:
         (warn if kept else fail)(
             f"dropped {lost} of all {len(problems)} prompts: longer than --max_prompt_length "
-            f"{max_length}; the shortest has {min(map(len, encoded))} tokens")
+            f"{cfg.max_prompt_length}; the shortest has {min(map(len, encoded))} tokens")
     return kept
 
 
-def render_prompt(tokenizer, question, marker, instruction=None, template_args="", prompt_suffix="",
-                  date=None):
+def render_prompt(tokenizer, question, cfg):
     """The text that a model goes on from: the chat template's, or a plain one without a template.
 
-    instruction    {marker} in it is filled in; "" for none, None for ours. It is the system turn,
-                   or stands in the user turn where the template knows or takes no system turn
-    template_args  JSON object for the chat template, as {"enable_thinking": false}
-    prompt_suffix  text after it, as <think>
-    date           YYYY-MM-DD that the template writes instead of today's
+    cfg.instruction    {marker} in it is filled in; "" for none. It is the system turn, or stands in
+                       the user turn where the template knows or takes no system turn
+    cfg.template_args  JSON object for the chat template, as {"enable_thinking": false}
+    cfg.prompt_suffix  text after it, as <think>
+    cfg.prompt_date    YYYY-MM-DD that the template writes instead of today's
     """
-    task = (INSTRUCTION if instruction is None else instruction).replace("{marker}", marker)
+    task = cfg.instruction.replace("{marker}", cfg.answer_marker)
     if not tokenizer.chat_template:
         framed = f"{task}\n\nQuestion: {question}\nAnswer:"
-        return (framed if task else question) + prompt_suffix
+        return (framed if task else question) + cfg.prompt_suffix
     attempts = [[{"role": "user", "content": f"{task}\n\n{question}".strip()}]]
     if task and "system" in str(tokenizer.chat_template):
         system = {"role": "system", "content": task}
         attempts.insert(0, [system, {"role": "user", "content": question}])
     for turns in attempts:
         try:
-            return render_turns(tokenizer, turns, template_args, date) + prompt_suffix
+            return render_turns(tokenizer, turns, cfg) + cfg.prompt_suffix
         except Exception as error:  # whatever a template raises, say against a system turn
             reason = first_line(error)
     fail(f"the chat template of --model {tokenizer.name_or_path} fails with --template_args "
-         f"{template_args!r:.99}: {reason}")
+         f"{cfg.template_args!r:.99}: {reason}")
 
 
-def render_turns(tokenizer, turns, template_args, date):
+def render_turns(tokenizer, turns, cfg):
     """Turns through the chat template -> text; an error where it takes none."""
     template = tokenizer.get_chat_template()
-    if date:  # Llama-3.2 writes strftime_now("%d %b %Y")
-        day = time.strptime(date, "%Y-%m-%d")
-        call = r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
-        template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
-    args = {"add_generation_prompt": True, **json.loads(template_args or "{}"), "tokenize": False}
-    return tokenizer.apply_chat_template(turns, chat_template=template, **args)
+    day = time.strptime(cfg.prompt_date, "%Y-%m-%d")  # Llama-3.2 writes strftime_now("%d %b %Y")
+    call = r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+    template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
+    args = {"add_generation_prompt": True, **json.loads(cfg.template_args or "{}")}
+    return tokenizer.apply_chat_template(turns, chat_template=template, **args, tokenize=False)
 
 
 def check_characters(tokenizer, texts, encoded):

@@ -565,7 +565,7 @@ def main(argv=None):
         policy = tokenizer = None  # frees the model before
         policy, tokenizer = load_policy(script, cfg)
         for data, problems in sets.items():
-            encoded = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
+            encoded = encode_prompts(tokenizer, problems, cfg)
             header = describe(name, data, mode, script, given, policy, encoded, cfg)
             stem = ""
             if args.out:

@@ -34,13 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from common import (
-    Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks, checkpoint_settings,
-    combine, completion_hidden, completion_logprobs, encode_prompts, fail, find_resume, fingerprint,
-    frozen_copy, gather, grade, largest, latest_checkpoint, left_pad, lm_hidden, lm_logits,
-    load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows, lora_disabled,
-    make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags, peak_memory,
-    record_sums, resolve_config, run_program, save_checkpoint, select_rows, setup_distributed,
-    stop_agreed, stop_requested, summarise, warn, weights_fingerprint)
+    INSTRUCTION, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
+    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
+    encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest, latest_checkpoint,
+    left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
+    lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems,
+    open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
+    select_rows, setup_distributed, stop_agreed, stop_requested, summarise, warn,
+    weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -57,6 +58,10 @@ class Config:
     train: str = "arithmetic-restated:3"  # problems; or a named set (gsm8k), file, hub:OWNER/REPO/F
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
     answer_marker: str = "</think>"  # text that ends the thinking and opens the answer
+    instruction: str = INSTRUCTION  # what a prompt asks for, "" = nothing; {marker} is filled in
+    template_args: str = ""  # JSON object for the chat template, as {"enable_thinking": false}
+    prompt_suffix: str = ""  # text after the rendered prompt, as <think>
+    prompt_date: str = "2025-01-01"  # date that a chat template writes, so that no day changes it
     steps: int = 120  # rollouts, each followed by its updates
     seed: int = 0  # all randomness is a function of it, the step and the rank
     # rollout and update
@@ -976,6 +981,7 @@ def optimizer_step(optimizer, cfg, step):
 def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
     cfg.stage = "rl"  # a step of the cold start takes no more
+    prompt = policy.tokenizer.decode(problems[0]["prompt_ids"])
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
     for problem in problems:
         repeated = problem["prompt_ids"] * cfg.max_prompt_length
@@ -984,6 +990,7 @@ def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     if row is None:
         raise SystemExit(128 + stop_agreed())
     if dist.get_rank() == 0:
+        print(f"a prompt: {prompt!r}")
         print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
               f"{row['seconds']:.1f} s a step")
         if cfg.max_replaced_steps:
@@ -1089,10 +1096,9 @@ def main(argv=None):
     lm.share_prompts = cfg.share_prompts and not cfg.gradient_checkpointing  # needs a cache, too
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
-    problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
-    eval_problems = encode_prompts(
-        tokenizer, eval_problems, cfg.answer_marker, cfg.max_prompt_length)
-    settings.update(model_sha=weights_fingerprint(lm), data_sha=fingerprint(problems))
+    problems = encode_prompts(tokenizer, problems, cfg)
+    eval_problems = encode_prompts(tokenizer, eval_problems, cfg)
+    settings.update(model_sha=weights_fingerprint(lm), data_sha=data_fingerprint(problems))
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{cfg.num_prompts} prompts x {cfg.group_size} completions a step on {world_size} x "

@@ -49,7 +49,7 @@ def against_trl(model, steps):
     cfg = hrpo.parse_config(STEP.split())
     tokenizer = load_model(model)[1]
     problems = load_problems("arithmetic", "train", 2048)
-    problems = encode_prompts(tokenizer, problems, cfg.answer_marker, cfg.max_prompt_length)
+    problems = encode_prompts(tokenizer, problems, cfg)
     data = Dataset.from_list([{"prompt": tokenizer.decode(p["prompt_ids"]), "gold": p["answer"]}
                               for p in problems])
     assert tokenizer(data[0]["prompt"])["input_ids"] == problems[0]["prompt_ids"]

@@ -5,6 +5,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ def make_lm(kind="llama", seed=0, **changes):
     lm.num_tokens, lm.compute_dtype, lm.share_prompts = len(make_tokenizer()), torch.float32, False
     lm.eos_ids, lm.pad_id = [2], 0
     return lm
+
+
+def prompt_cfg(answer_marker="</think>", max_prompt_length=99, **changes):
+    """What encode_prompts and render_prompt read of a Config."""
+    return SimpleNamespace(**{
+        "answer_marker": answer_marker, "max_prompt_length": max_prompt_length,
+        "instruction": common.INSTRUCTION, "template_args": "", "prompt_suffix": "",
+        "prompt_date": "2025-01-01", **changes})
 
 
 @pytest.fixture

@@ -109,14 +109,12 @@ def main():
         else:
             cfg = hyrea.parse_config(["--model", name, "--train", name.partition(":")[2]])
         policy, tokenizer = evaluation.load_policy(hyrea, cfg)
-        problems = encode_prompts(tokenizer, load_problems(cfg.train, "test", own.limit),
-                                  cfg.answer_marker, cfg.max_prompt_length)
+        problems = encode_prompts(tokenizer, load_problems(cfg.train, "test", own.limit), cfg)
         lines = step_table(policy, tokenizer, problems, cfg)
         if ours:
             lines = switches(policy, tokenizer, problems, cfg) + lines
         if ours and cfg.max_replaced_steps:
-            train = encode_prompts(tokenizer, load_problems(cfg.train, "train", 16),
-                                   cfg.answer_marker, cfg.max_prompt_length)
+            train = encode_prompts(tokenizer, load_problems(cfg.train, "train", 16), cfg)
             lines.append(replay_gap(policy, tokenizer, train, cfg))
         print(name, *lines, sep="\n  ")
 

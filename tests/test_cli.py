@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from importlib import import_module
 
 import pytest
@@ -85,11 +85,12 @@ def test_overlong_prompts_are_dropped_and_counted(method, model, tmp_path, capsy
 
 
 def test_help_is_quick_and_explains_every_field(method):
-    clock = time.time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run([sys.executable, ROOT / f"{method}.py", "--help"], capture_output=True,
                            text=True, env={"COLUMNS": "200", "OMP_NUM_THREADS": "1"})
-    seconds = time.time() - clock
-    assert shown.returncode == 0 and seconds < 10  # about 2 on an idle machine
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert shown.returncode == 0 and seconds < 10  # of a processor; about 3
     source = (ROOT / f"{method}.py").read_text()
     for field in dataclasses.fields(import_module(method).Config):
         line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
@@ -173,7 +174,8 @@ def test_a_run_folder_holds_what_is_promised(method, model, tmp_path, more):
     if more:
         assert lines[1]["kl"] is None and lines[1]["latent_steps"] == 0
     for line in rows(out, name="samples.jsonl"):
-        assert set(line) - {"index", "sample"} == {*SAMPLE.split()}
+        more = {"reward_parts"} if method == "hyrea" else set()
+        assert set(line) - {"index", "sample"} == {*SAMPLE.split()} | more
         spans = line["latent_spans"]
         assert line["latent_steps"] == sum(b - a for a, b in spans) <= line["length"]
 

@@ -109,7 +109,7 @@ def test_chunks_have_their_own_noise_and_greedy_decoding_does_not_see_them(folde
     script, cfg, *_ = evaluation.configure(folder, asked)
     policy, tokenizer = evaluation.load_policy(script, cfg)
     problems = common.encode_prompts(
-        tokenizer, common.load_problems("arithmetic:2-4", "test", 13), cfg.answer_marker, 128)
+        tokenizer, common.load_problems("arithmetic:2-4", "test", 13), cfg)
     once = script.evaluate(policy, tokenizer, problems, cfg, common.make_rng("cpu", 0))
     records = once.pop("records")
     assert [r["index"] for r in records] == list(range(13))

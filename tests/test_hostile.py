@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, make_tokenizer, save_folder
+from conftest import METHODS, ROOT, make_tokenizer, prompt_cfg, save_folder
 from runs import flags, train, tree
 
 import common
@@ -65,7 +65,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(tmp_path, capsys):
                                % (tmp_path / "executed"))
     problems = common.load_problems("arithmetic:2", "test", 2)
     with pytest.raises(SystemExit):
-        common.encode_prompts(tokenizer, problems, "</think>", 99)
+        common.encode_prompts(tokenizer, problems, prompt_cfg())
     line, = capsys.readouterr().err.splitlines()
     assert "chat template" in line and "unsafe" in line
     assert not (tmp_path / "executed").exists()

@@ -22,7 +22,7 @@ def built(**changes):
                            max_completion_length=40, **changes)
     policy.start_id = policy.markers[0] = len(tokenizer) - 3  # the real one
     problems = common.encode_prompts(
-        tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), "</think>", 99)
+        tokenizer, common.load_problems("arithmetic-restated:2", "train", 6), cfg)
     return policy, cfg, tokenizer, script.read_demonstrations(problems, tokenizer, policy, cfg)
 
 

@@ -29,7 +29,7 @@ def few_problems(monkeypatch):
 
 def demonstrations(policy, cfg, tokenizer, spec="arithmetic-verbose:1-3", limit=6):
     problems = common.encode_prompts(
-        tokenizer, common.load_problems(spec, "train", limit), cfg.answer_marker, 99)
+        tokenizer, common.load_problems(spec, "train", limit), cfg)
     return script.read_demonstrations(problems, tokenizer, policy, cfg)
 
 

@@ -169,7 +169,7 @@ def test_a_shown_eos_ends_the_row_inside_the_latent_steps_and_shown_ids_are_grad
     last = batch["completion_ids"].gather(1, batch["lengths"][:, None] - 1)[:, 0]
     assert torch.isin(last[inside], policy.eos_ids).all()
     tokenizer = make_tokenizer()
-    problems = encode_prompts(tokenizer, [{"question": "1", "answer": "2"}] * 4, "7", 64)
+    problems = encode_prompts(tokenizer, [{"question": "1", "answer": "2"}] * 4, cfg)
     for row, record in enumerate(grade(batch, problems, tokenizer, "7")):
         n = int(batch["lengths"][row])
         ids = batch["completion_ids"][row, :n]

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, prompt_cfg
 
 import eval as evaluation
 import hrpo
@@ -27,7 +27,7 @@ def real():
 
 def test_the_chat_template_is_used_and_left_padded_rollout_equals_replay(real):
     lm, tokenizer = real
-    problems = encode_prompts(tokenizer, load_problems(DATA, limit=3), "####", 400)
+    problems = encode_prompts(tokenizer, load_problems(DATA, limit=3), prompt_cfg("####", 400))
     assert tokenizer.decode(problems[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
     cfg = hrpo.parse_config(["--model", FOLDER, "--max_completion_length", "12", "--top_k", "0"])
     policy = hrpo.Policy(lm, tokenizer, cfg)

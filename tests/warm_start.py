@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import hrpo
 from common import encode_prompts, fail, load_model, load_problems
 
 
@@ -33,7 +34,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm, tokenizer = load_model(args.model, device=device)
     problems = [p for p in load_problems(args.data) if p["steps"]]
-    problems = encode_prompts(tokenizer, problems, "####", args.max_length)
+    length = ["--max_prompt_length", str(args.max_length)]
+    problems = encode_prompts(
+        tokenizer, problems, hrpo.parse_config(["--preset", "paper", *length]))
     optimizer = torch.optim.AdamW(lm.parameters(), args.lr, (0.9, 0.95), weight_decay=0.01)
     rng = random.Random(0)
     lm.train()

@@ -379,8 +379,9 @@ def load_set(name, split, limit):
     return problems[: limit or None]
 
 
-def data_fingerprint(problems, keys=("question", "answer")):
-    """Short hash over the given columns: tells data apart, wherever its files lie."""
+def data_fingerprint(problems):
+    """Short hash that tells data apart, wherever its files lie."""
+    keys = ("question", "answer", "steps", "solution")
     return fingerprint([[problem.get(key) for key in keys] for problem in problems])
 
 

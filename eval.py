@@ -14,7 +14,6 @@ command goes on where it was stopped; results of other weights or settings are n
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import itertools
 import json
@@ -29,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal, check_writable, checkpoint_settings, encode_prompts, extract_answer, fail,
-    load_method, load_model, load_problems, lock_file, make_rng, mean, model_folder, run_program,
-    setup_distributed, stop_agreed, summarise, weights_fingerprint)
+    answers_equal, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
+    extract_answer, fail, load_method, load_model, load_problems, lock_file, make_rng, mean,
+    model_folder, run_program, setup_distributed, stop_agreed, summarise, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -183,12 +182,11 @@ def numbers(records, num_samples):
 
 def describe(name, data, mode, script, given, policy, problems, cfg):
     """What decides a result: the first line of its part file, the first fields of its .json."""
-    asked = repr([(problem["prompt_ids"], problem["answer"]) for problem in problems])
     header = {
         "model": name, "data": data, "mode": mode, "script": script.METHOD, "given": given,
         "train_seed": checkpoint_settings(cfg.model).get("seed"),
         "model_sha": weights_fingerprint(policy), "n": len(problems),
-        "data_sha": hashlib.sha256(asked.encode()).hexdigest()[:16], "torch": torch.__version__,
+        "data_sha": data_fingerprint(problems), "torch": torch.__version__,
         "seed": cfg.seed, "ranks_with_noise": 0 if cfg.greedy else dist.get_world_size()}
     for field, value in vars(cfg).items():
         if field not in ("model", "out_dir", "num_prompts"):  # told above; of no effect, both

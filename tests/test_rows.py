@@ -129,9 +129,7 @@ def test_data_is_known_by_its_questions_and_answers_wherever_it_lies(tmp_path):
     encoded = [{**problem, "prompt_ids": [1, 2]} for problem in moved]
     assert data_fingerprint(first) == data_fingerprint(moved) == data_fingerprint(encoded)
     told = load_problems(write(tmp_path / "c.jsonl", {**rows[0], "solution": "I add."}, rows[1]))
-    assert data_fingerprint(told) == data_fingerprint(first)
-    columns = ("question", "answer", "steps", "solution")  # what a supervised stage learns from
-    assert data_fingerprint(told, columns) != data_fingerprint(first, columns)
+    assert data_fingerprint(told) != data_fingerprint(first)  # a supervised stage learns from it
     for changed in (rows[::-1], rows[:1], [rows[0], {**rows[1], "answer": 4}]):
         problems = load_problems(write(tmp_path / "d.jsonl", *changed))
         assert data_fingerprint(problems) != data_fingerprint(first)

@@ -379,6 +379,12 @@ def load_set(name, split, limit):
     return problems[: limit or None]
 
 
+def taught_answer(problem):
+    """The answer that a demonstration ends with: the teacher's, or the first accepted one."""
+    answer = problem.get("teacher_answer", problem["answer"])
+    return answer[0] if isinstance(answer, list) else answer
+
+
 def data_fingerprint(problems):
     """Short hash that tells data apart, wherever its files lie."""
     keys = ("question", "answer", "steps", "solution")
@@ -1019,11 +1025,12 @@ def grade(batch, problems, tokenizer, marker):
 
     The ids are cut at the first EOS by length, so pad = EOS does no harm. latent_spans: the runs
     [start, end) of latent positions, switches in number. format_ok: the marker occurs exactly once.
+    row: all columns of the problem's row in its file, for a reward of your own.
     """
     lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
-    ids, latent = batch["completion_ids"].tolist(), F.pad(batch["latent_mask"].int().cpu(), (1, 1))
-    texts = tokenizer.batch_decode([row[:n] for row, n in zip(ids, lengths)],
-                                   skip_special_tokens=True)
+    latent = F.pad(batch["latent_mask"].int().cpu(), (1, 1))
+    ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     records = []
     for row, text in enumerate(texts):
         problem = problems[row * len(problems) // len(texts)]
@@ -1036,7 +1043,8 @@ def grade(batch, problems, tokenizer, marker):
             "correct": is_correct(text, problem["answer"], marker),
             "format_ok": text.count(marker) == 1, "truncated": not finished[row],
             "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
-            "switches": len(spans), "latent_spans": spans})
+            "switches": len(spans), "latent_spans": spans, "set": problem.get("set", ""),
+            "row": problem.get("row", {})})
     return records
 
 
@@ -1476,17 +1484,24 @@ def record_sums(records, group_size):
 def summarise(records, num_samples):
     """Graded completions of an evaluation, in the order of the problems -> metrics.
 
-    stderr is that of the accuracy over the problems, each the mean of its samples.
+    stderr is that of the accuracy over the problems, each the mean of its samples. Several data
+    sets get an accuracy each.
     """
     correct = torch.tensor([float(record["correct"]) for record in records])
     scores = correct.view(-1, num_samples).mean(1)  # one per problem
     latent, length = mean(records, "latent_steps"), mean(records, "length")
-    return {
+    row = {
         "accuracy": scores.mean().item(), "n": len(scores),
         "stderr": scores.std(correction=0).item() / len(scores) ** 0.5,
         "latent_steps": latent, "visible_tokens": length - latent, "total_length": length,
         "truncated_frac": mean(records, "truncated"), "format_ok": mean(records, "format_ok"),
         "unanswered_frac": mean(records, "unanswered"), "switches": mean(records, "switches")}
+    sets = dict.fromkeys(record["set"] for record in records)
+    if len(sets) > 1:
+        for name in sets:
+            own = [record for record in records if record["set"] == name]
+            row[f"accuracy/{name}"] = mean(own, "correct")
+    return row
 
 
 def mean(records, name):
@@ -1774,9 +1789,12 @@ def keep_row(line, step):
 
 def log_rows(out_dir, metrics, records):
     """Append one row to metrics.jsonl and sample completions to samples.jsonl."""
-    place = {"kind": metrics["kind"], "step": metrics["step"]}
-    rows = {"metrics.jsonl": [metrics], "samples.jsonl": [{**place, **r} for r in records]}
-    for name, lines in rows.items():
+    samples = []
+    for record in records:
+        sample = {"kind": metrics["kind"], "step": metrics["step"], **record}
+        sample.pop("row", None)  # the user has it in a file
+        samples.append(sample)
+    for name, lines in {"metrics.jsonl": [metrics], "samples.jsonl": samples}.items():
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
         try:

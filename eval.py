@@ -29,8 +29,8 @@ import torch.distributed as dist
 
 from common import (
     answers_equal, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
-    extract_answer, fail, load_method, load_model, load_problems, lock_file, make_rng, mean,
-    model_folder, run_program, setup_distributed, stop_agreed, summarise, weights_fingerprint)
+    extract_answer, fail, fingerprint, load_method, load_model, load_problems, lock_file, make_rng,
+    mean, model_folder, run_program, setup_distributed, stop_agreed, summarise, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -276,8 +276,10 @@ def evaluate(script, policy, tokenizer, problems, cfg, header, stem):
         found = script.evaluate(policy, tokenizer, asked, cfg, rng)
         if stop_agreed():
             return None
-        chunk = [{**record, "index": chosen[record["index"]], "marker": cfg.answer_marker}
-                 for record in found["records"]]
+        chunk = found["records"]
+        for record in chunk:
+            del record["row"]  # the user has it in a file
+            record.update(index=chosen[record["index"]], marker=cfg.answer_marker)
         records += chunk
         if stem and rank == 0:
             part.writelines(json.dumps(record) + "\n" for record in chunk)
@@ -568,7 +570,10 @@ def main(argv=None):
             stem = ""
             if args.out:
                 parts = [name.strip("/"), data, mode, *(f"{k}={v}" for k, v in given.items())]
-                stem = Path(args.out, re.sub(r"[^\w.=-]+", "-", ".".join(parts)))
+                words = re.sub(r"[^\w.=-]+", "-", ".".join(parts))
+                if len(words.encode()) > 200:  # file names end at 255 bytes, endings included
+                    words = f"{words[:60]}.{fingerprint(words)}"
+                stem = Path(args.out, words)
             rows.append(evaluate(script, policy, tokenizer, encoded, cfg, header, stem))
             if stop_agreed():
                 how = "; the same command goes on from there" if args.out else ""

@@ -40,7 +40,7 @@ from common import (
     left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
     lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems,
     open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
-    select_rows, setup_distributed, stop_agreed, stop_requested, summarise, warn,
+    select_rows, setup_distributed, stop_agreed, stop_requested, summarise, taught_answer, warn,
     weights_fingerprint)
 
 METHOD = Path(__file__).stem
@@ -546,7 +546,8 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     faults = {}  # {why a problem is left out: how many are}
     for problem in problems:
         steps = split_steps(problem["solution"] or "") or problem["steps"] or []
-        answer = cfg.answer_marker + problem.get("teacher_answer", f" {problem['answer']}")
+        space = "" if "teacher_answer" in problem else " "
+        answer = cfg.answer_marker + space + taught_answer(problem)
         if problem["solution"] and not steps[-1].endswith("\n"):
             answer = "\n" + answer
         *steps_ids, answer_ids = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]

@@ -38,7 +38,7 @@ from common import (
     lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows,
     lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags,
     peak_memory, record_sums, resolve_config, run_program, save_checkpoint, select_rows,
-    setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture, warn,
+    setup_distributed, stop_agreed, stop_requested, summarise, taught_answer, top_k_mixture, warn,
     weights_fingerprint)
 
 METHOD = Path(__file__).stem
@@ -541,7 +541,7 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     for problem in problems:
         space = "" if "teacher_answer" in problem else " "
         chain = space.join(problem["steps"] or []) or problem["solution"] or ""
-        answer = problem.get("teacher_answer", problem["answer"])
+        answer = taught_answer(problem)
         chain_ids, answer_ids = tokenizer([chain, answer], add_special_tokens=False)["input_ids"]
         answer_ids = [*policy.marker_ids, *answer_ids, end]
         fits = len(chain_ids) + len(answer_ids) < cfg.max_completion_length  # also id by id

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from runs import OFF, flags, rows, train, tree
 
-from common import Progress
+from common import Progress, load_problems
 
 EXTRA = {  # metrics of the method
     "hrpo": {"gate_a", "hidden_ratio"},
@@ -142,7 +142,7 @@ TRAIN = ("kind step reward correct format_ok zero_std_frac length latent_steps t
 EVAL = ("kind step accuracy n stderr latent_steps visible_tokens total_length truncated_frac "
         "format_ok unanswered_frac switches seconds")
 SAMPLE = ("kind step question completion extracted gold unanswered correct format_ok truncated "
-          "length latent_steps switches latent_spans reward")
+          "length latent_steps switches latent_spans set reward")
 
 
 @pytest.mark.parametrize("more", ["", "OFF --kl_coef 0"])
@@ -204,3 +204,18 @@ def test_a_gap_that_bfloat16_explains_is_no_reason_to_warn(capsys):
         for _ in range(12):
             progress.show(row, [])
         assert ("disagree" in capsys.readouterr().err) == warned
+
+
+def test_a_reward_of_your_own_sees_every_column_of_the_row(method, model, tmp_path, monkeypatch):
+    """Partial credit by a column; samples.jsonl keeps no copy of the row."""
+    script = import_module(method)
+    rows_file = tmp_path / "mine.jsonl"
+    rows_file.write_text("".join(json.dumps(
+        {"question": f"{n}+1=", "answer": str(n + 1), "credit": n / 8}) + "\n" for n in range(8)))
+    monkeypatch.setattr(script, "load_problems", load_problems)
+    monkeypatch.setattr(script, "reward", lambda record: record["row"]["credit"])
+    more = f"--train {rows_file} --eval_data {rows_file},{rows_file} --answer_marker 7"
+    train(method, flags(model, tmp_path / "run", more))
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {s["reward"] for s in samples} <= {n / 8 for n in range(8)} and len(samples) > 8
+    assert all(s["reward"] == int(s["question"][0]) / 8 and "row" not in s for s in samples)

@@ -134,3 +134,17 @@ def test_data_is_known_by_its_questions_and_answers_wherever_it_lies(tmp_path):
         problems = load_problems(write(tmp_path / "d.jsonl", *changed))
         assert data_fingerprint(problems) != data_fingerprint(first)
     assert data_fingerprint([{"question": "Q", "answer": ["a", "b"]}])
+
+
+def test_several_sets_get_an_accuracy_each():
+    records = [{"set": name, "correct": correct, "truncated": 0, "format_ok": 1, "unanswered": 0,
+                "latent_steps": 0, "length": 3, "switches": 0}
+               for name, correct in (("a", 1), ("a", 0), ("b", 1))]
+    row = common.summarise(records, 1)
+    assert row["accuracy/a"] == 0.5 and row["accuracy/b"] == 1 and row["n"] == 3
+    assert not [key for key in common.summarise(records[:2], 1) if "/" in key]
+
+
+def test_a_demonstration_ends_with_the_first_accepted_answer():
+    assert common.taught_answer({"answer": ["New York", "NYC"]}) == "New York"
+    assert common.taught_answer({"answer": "1", "teacher_answer": "2"}) == "2"

@@ -796,7 +796,7 @@ def latent_reward(record, cfg):
 
 
 def reward_parts(record, cfg):
-    """What a completion earns by a right answer; exactly one marker and an EOS; use of latents.
+    """What a completion earns by a right answer; one marker and an EOS; use of latents [stage 2].
 
     By the default weights a right answer without latents beats a wrong one with them.
     """
@@ -809,11 +809,8 @@ def reward_parts(record, cfg):
 
 
 def reward(record):
-    """The sum of reward_parts: by the flags in training, by their default values in evaluation."""
-    parts = record.get("reward_parts")
-    if parts is None:
-        parts = reward_parts(record, Config)  # the class itself holds the default values
-    return sum(parts.values())
+    """The sum of what reward_parts found."""
+    return sum(record["reward_parts"].values())
 
 
 def group_advantages(rewards, group_size, eps=1e-4):
@@ -858,6 +855,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
         batch = rollout(policy, prompts, cfg, rng, cfg.num_samples, cfg.greedy)
         for row, record in enumerate(grade(batch, chosen, tokenizer, cfg.answer_marker)):
             index, sample = indices[row // cfg.num_samples], row % cfg.num_samples
+            record["reward_parts"] = reward_parts(record, cfg)
             records.append({
                 "index": index, "sample": sample, **record, "reward": reward(record)})
         if stop_requested():

@@ -55,7 +55,7 @@ class Config:
     # model, data, length of the run
     model: str = "tiny"  # hub id, folder, checkpoint of ours, or tiny (0.5M, trained at first use)
     preset: str = "auto"  # where values start: tiny (as here), paper; auto chooses by the model
-    train: str = "arithmetic-restated:3"  # problems; or a named set (gsm8k), file, hub:OWNER/REPO/F
+    train: str = "arithmetic-restated:3"  # problems: a named set (gsm8k), a file, hub:OWNER/REPO/F
     eval_data: str = ""  # evaluation problems; "" = the test split of --train
     answer_marker: str = "</think>"  # text that ends the thinking and opens the answer
     instruction: str = INSTRUCTION  # what a prompt asks for, "" = nothing; {marker} is filled in
@@ -108,8 +108,8 @@ class Config:
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
     micro_batch: int = 128  # sequences in one forward pass on one rank
     max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
-    gradient_checkpointing: bool = False  # recompute layers in backward; not with latents
-    share_prompts: bool = False  # encode a prompt once for its group; only with --replay_latents
+    gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
+    share_prompts: bool = False  # in updates, encode each prompt once for its whole group
     # evaluation
     eval_every: int = 20  # steps; also before the first and after the last
     eval_limit: int = 512  # problems; 0 = all
@@ -210,14 +210,14 @@ class Policy(nn.Module):
         self.start_id, self.end_id, self.latent_id = marker_ids
         self.markers = torch.tensor(marker_ids, device=lm.device)
 
-        # What is never a choice: outside of spans these ids, inside all but these two.
+        # Ids that are never a choice: in the text <latent> and <end-latent>, in a span all others.
         banned = [self.latent_id, self.end_id]
-        outside = [i for i in range(lm.num_tokens) if i not in banned]
+        banned_in_span = [i for i in range(lm.num_tokens) if i not in banned]
         if not cfg.max_replaced_steps:
-            banned.append(self.start_id)  # an explicit model whose vocabulary has markers
+            banned.append(self.start_id)  # explicit, but the vocabulary may have the markers
         banned = [i for i in banned if i >= 0]
         self.banned = torch.tensor(banned, dtype=torch.long, device=lm.device)
-        self.outside = torch.tensor(outside, device=lm.device)
+        self.banned_in_span = torch.tensor(banned_in_span, device=lm.device)
 
         start = checkpoint_settings(cfg.model)  # {} unless ours, or a fork's
         self.knows_markers = start.get("max_replaced_steps", 0) > 0
@@ -228,7 +228,7 @@ class Policy(nn.Module):
         self.ranker = []  # see sft_step; a list, so that neither DDP nor a checkpoint looks into it
 
     def train_markers(self, module):
-        """Make the rows of the markers in the table or the head parameters, the other rows none.
+        """Train the rows of the markers in the embedding table or head, and no other row of it.
 
         They learn what no other token means, <latent> only as an output. At first they are the mean
         of all other rows: neither likely nor unlikely.
@@ -300,21 +300,26 @@ class Policy(nn.Module):
     def score(self, hidden, batch, lm, labels=False):
         """-> log-probs [B, T] of completion_ids, entropy [B, T] of the choices; 0 elsewhere.
 
-        Scored as sampled, at --temperature: a choice outside of spans is never <end-latent> or
-        <latent>, one inside (--end_latent sampled) is one of these two. labels: at temperature 1,
-        and an <end-latent> after c slots, which is forced, competes with all text.
+        Scored as sampled, at --temperature: a choice in the text is never <end-latent> or <latent>,
+        one in a span (--end_latent sampled) is one of these two. labels: those of the cold start,
+        at temperature 1. There a forced <end-latent>, after c slots, competes with all text.
         """
         ids = batch["completion_ids"]
-        temperature = 1 if labels else self.cfg.temperature
-        never = self.banned[:1] if labels else self.banned  # its first id is <latent>
+        temperature = self.cfg.temperature
+        banned_in_text = self.banned
+        if labels:
+            temperature = 1.0
+            banned_in_text = self.banned[:1]  # <latent>
         columns = torch.arange(ids.shape[1], device=ids.device)
-        in_slots = columns - self.opened(ids) <= self.cfg.latents_per_step  # not a forced end
-        in_span = in_slots & torch.isin(ids, self.banned)
-        free_logprobs, free_entropy = completion_logprobs(
-            HeadWithout(lm, never), hidden, ids, batch["loss_mask"] & ~in_span, temperature)
+        is_slot = columns - self.opened(ids) <= self.cfg.latents_per_step  # not so a forced end
+        in_span = is_slot & torch.isin(ids, self.banned)
+        text_mask = batch["loss_mask"] & ~in_span
+        span_mask = batch["loss_mask"] & in_span
+        text_logprobs, text_entropy = completion_logprobs(
+            HeadWithout(lm, banned_in_text), hidden, ids, text_mask, temperature)
         span_logprobs, span_entropy = completion_logprobs(
-            HeadWithout(lm, self.outside), hidden, ids, batch["loss_mask"] & in_span, temperature)
-        return free_logprobs + span_logprobs, free_entropy + span_entropy
+            HeadWithout(lm, self.banned_in_span), hidden, ids, span_mask, temperature)
+        return text_logprobs + span_logprobs, text_entropy + span_entropy
 
     def forward(self, batch, labels=False):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "size" [B, T]}.
@@ -336,13 +341,14 @@ def start_state(num_rows, policy, cfg):
 def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
-    <start-latent> is sampled like any token. It opens a span: c slots whose input is the hidden
-    state [b, H] that decided them, then <end-latent>. Neither is a choice, so neither is scored;
-    with --end_latent sampled each of the c slots is a choice between going on and ending.
+    <start-latent> is sampled like any token. It opens a span: c slots <latent>, whose input is the
+    hidden state [b, H] that decided them, then <end-latent>. These ids are given, not sampled, so
+    they are not scored; with --end_latent sampled each slot is a choice: <latent> or <end-latent>.
     """
     left = state["left"]  # [b]
     is_text = torch.ones_like(logits, dtype=torch.bool).index_fill(1, policy.banned, False)
-    allowed = torch.where((left < 0)[:, None], is_text, ~is_text)  # [b, V]
+    in_text = left < 0
+    allowed = torch.where(in_text[:, None], is_text, ~is_text)  # [b, V]
     logits = logits.masked_fill(~allowed, -math.inf)
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
@@ -351,8 +357,8 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
     logprobs = logprobs.gather(1, ids[:, None])[:, 0]  # [b]
 
-    # Inside a span the state decides, not the sample.
-    is_sampled = left < 0
+    # In a span the state decides what comes, not the sample.
+    is_sampled = in_text
     if cfg.end_latent == "sampled":
         is_sampled = left != 0
     due = torch.where(left == 0, policy.end_id, policy.latent_id)
@@ -472,6 +478,53 @@ def split_steps(text):
     return steps
 
 
+def read_demonstrations(problems, tokenizer, policy, cfg):
+    """Problems with steps_ids and answer_ids (marker, answer, EOS), shuffled.
+
+    Each step is tokenised by itself, so that replacing it changes no other token. The built-in
+    task's chains and answers are a teacher's, errors included. A warning counts the problems that
+    have no chain, or none that fits; without any other one it `fail`s.
+    """
+    eos_id = tokenizer.eos_token_id
+    if eos_id not in policy.lm.eos_ids:
+        eos_id = policy.lm.eos_ids[0]
+    span_length = cfg.latents_per_step + 2
+    *_, most_replaced = round_of(cfg.sft_steps, cfg)
+    kept = []
+    faults = {}  # {why a problem is left out: how many are}
+    for problem in problems:
+        steps = split_steps(problem["solution"] or "") or problem["steps"] or []
+        space = "" if "teacher_answer" in problem else " "
+        answer = cfg.answer_marker + space + taught_answer(problem)
+        if problem["solution"] and not steps[-1].endswith("\n"):
+            answer = "\n" + answer
+        *steps_ids, answer_ids = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
+        answer_ids = [*answer_ids, eos_id]
+        # It is longest when spans replace its shortest steps.
+        growth = sorted(max(0, span_length - len(ids)) for ids in steps_ids)[::-1]
+        length = sum(map(len, steps_ids)) + len(answer_ids) + sum(growth[:most_replaced])
+        fault = ""
+        if not steps or not all(steps_ids):
+            fault = "no solution or steps"
+        elif cfg.answer_marker in "".join(steps):
+            fault = f"{cfg.answer_marker} inside the chain"
+        elif length > cfg.max_completion_length:
+            fault = f"over --max_completion_length {cfg.max_completion_length}"
+        if fault:
+            faults[fault] = faults.get(fault, 0) + 1
+        else:
+            kept.append({**problem, "steps_ids": steps_ids, "answer_ids": answer_ids})
+    if faults:
+        reasons = ", ".join(f"{number} {fault}" for fault, number in faults.items())
+        message = (f"{len(problems) - len(kept)} of {len(problems)} problems of --train "
+                   f"{cfg.train} demonstrate nothing: {reasons}")
+        if not kept:
+            fail(message)
+        warn(message)
+    rng = make_rng("cpu", cfg.seed, "cold start")
+    return [kept[i] for i in torch.randperm(len(kept), generator=rng).tolist()]
+
+
 def lay_out(rows, prompts, lm, latent_id=-1):
     """Completions and prompts, lists of ids -> batch with the keys of a rollout.
 
@@ -484,9 +537,14 @@ def lay_out(rows, prompts, lm, latent_id=-1):
     is_latent = exists & (ids == latent_id)
     prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.device)  # [B, P]
     return {
-        "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids,
-        "completion_mask": exists, "latent_mask": is_latent, "loss_mask": exists & ~is_latent,
-        "lengths": lengths}
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids,
+        "completion_mask": exists,
+        "latent_mask": is_latent,
+        "loss_mask": exists & ~is_latent,
+        "lengths": lengths,
+    }
 
 
 @torch.no_grad()
@@ -530,65 +588,6 @@ def replace_steps(steps, entropies, k, mode, rng=None):
     return [None if i in order[:k] else step for i, step in enumerate(steps)]
 
 
-def read_demonstrations(problems, tokenizer, policy, cfg):
-    """Problems with steps_ids and answer_ids (marker, answer, EOS), shuffled.
-
-    Each step is tokenised by itself, so that replacing it changes no other token. The built-in
-    task's chains and answers are a teacher's, errors included. A warning counts the problems that
-    have no chain, or none that fits; without any other one it `fail`s.
-    """
-    eos_id = tokenizer.eos_token_id
-    if eos_id not in policy.lm.eos_ids:
-        eos_id = policy.lm.eos_ids[0]
-    span_length = cfg.latents_per_step + 2
-    *_, most_replaced = round_of(cfg.sft_steps, cfg)
-    kept = []
-    faults = {}  # {why a problem is left out: how many are}
-    for problem in problems:
-        steps = split_steps(problem["solution"] or "") or problem["steps"] or []
-        space = "" if "teacher_answer" in problem else " "
-        answer = cfg.answer_marker + space + taught_answer(problem)
-        if problem["solution"] and not steps[-1].endswith("\n"):
-            answer = "\n" + answer
-        *steps_ids, answer_ids = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
-        answer_ids = [*answer_ids, eos_id]
-        # It is longest when spans replace its shortest steps.
-        growth = sorted(max(0, span_length - len(ids)) for ids in steps_ids)[::-1]
-        length = sum(map(len, steps_ids)) + len(answer_ids) + sum(growth[:most_replaced])
-        fault = ""
-        if not steps or not all(steps_ids):
-            fault = "no solution or steps"
-        elif cfg.answer_marker in "".join(steps):
-            fault = f"{cfg.answer_marker} inside the chain"
-        elif length > cfg.max_completion_length:
-            fault = f"over --max_completion_length {cfg.max_completion_length}"
-        if fault:
-            faults[fault] = faults.get(fault, 0) + 1
-        else:
-            kept.append({**problem, "steps_ids": steps_ids, "answer_ids": answer_ids})
-    if faults:
-        report = fail if not kept else warn
-        reasons = ", ".join(f"{number} {fault}" for fault, number in faults.items())
-        report(f"{len(problems) - len(kept)} of {len(problems)} problems of --train {cfg.train} "
-               f"demonstrate nothing: {reasons}")
-    rng = make_rng("cpu", cfg.seed, "cold start")
-    return [kept[i] for i in torch.randperm(len(kept), generator=rng).tolist()]
-
-
-def round_of(step, cfg):
-    """Curriculum -> round of a step, first step of that round, share of the data, replaced steps.
-
-    They grow by one a round, up to S, with --replace all without end; the data by equal shares.
-    """
-    number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
-    first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
-    share = (number + 1) / cfg.sft_rounds
-    replaced = min(number, cfg.max_replaced_steps)
-    if cfg.replace == "all" and cfg.max_replaced_steps:
-        replaced = number
-    return number, first, share, replaced
-
-
 def sft_examples(chosen, policy, k, cfg):
     """Demonstrations -> batch, with up to k steps of each chain replaced by spans."""
     entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
@@ -624,6 +623,21 @@ def label_weights(batch, policy, marker_weight):
     return batch["loss_mask"] * torch.where(is_marker, marker_weight, 1.0)
 
 
+def round_of(step, cfg):
+    """Curriculum -> round of a step, first step of that round, share of the data, replaced steps.
+
+    The replaced steps grow by one a round, up to S (--replace all: without end), the data by equal
+    shares.
+    """
+    number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
+    first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
+    share = (number + 1) / cfg.sft_rounds
+    replaced = min(number, cfg.max_replaced_steps)
+    if cfg.replace == "all" and cfg.max_replaced_steps:
+        replaced = number
+    return number, first, share, replaced
+
+
 def start_config(cfg):
     """Settings of a run -> those of its cold start, in its own folder, for train().
 
@@ -637,9 +651,14 @@ def start_config(cfg):
     if cfg.latents_per_step > 4:
         warn(f"--latents_per_step {cfg.latents_per_step}: the paper finds 8 far worse than 1")
     start = dataclasses.replace(
-        cfg, stage="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, save_every=cfg.sft_save_every,
+        cfg,
+        stage="sft",
+        steps=cfg.sft_steps,
+        lr=cfg.sft_lr,
         warmup_steps=round(0.05 * cfg.sft_steps),
-        eval_every=max(1, cfg.sft_steps // cfg.sft_rounds))
+        eval_every=max(1, cfg.sft_steps // cfg.sft_rounds),
+        save_every=cfg.sft_save_every,
+    )
     if cfg.stage == "all":
         start.out_dir = str(Path(cfg.out_dir, "sft"))
         start.stop_after = 0  # it counts the steps of RL
@@ -679,16 +698,22 @@ def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
         micro = select_rows(batch, piece)
         ddp_policy.require_backward_grad_sync = piece is pieces[-1]  # as in update
         outputs = ddp_policy(micro, labels=True)
-        loss_here = -(outputs["logprobs"] * micro["weights"]).sum()
-        (loss_here * dist.get_world_size()).backward()
-        loss += loss_here.item()
+        piece_loss = -(outputs["logprobs"] * micro["weights"]).sum()
+        (piece_loss * dist.get_world_size()).backward()
+        loss += piece_loss.item()
     grad_norm = optimizer_step(optimizer, cfg, step)
     loss = all_reduce(loss)
     is_bad = grad_norm is None
-    row = {"kind": "train", "step": step + 1, "replaced": k, "loss": None if is_bad else loss,
-           "grad_norm": grad_norm, "skipped": int(is_bad), "lr": cfg.lr * lr_factor(step, cfg),
-           "seconds": time.time() - started}
-    return row, []
+    return {
+        "kind": "train",
+        "step": step + 1,
+        "replaced": k,
+        "loss": None if is_bad else loss,
+        "grad_norm": grad_norm,
+        "skipped": int(is_bad),
+        "lr": cfg.lr * lr_factor(step, cfg),
+        "seconds": time.time() - started,
+    }, []
 
 
 # === 3. rollout ===================================================================================
@@ -772,18 +797,20 @@ def latent_reward(record, cfg):
 
 
 def reward_parts(record, cfg):
-    """What a completion earns by a right answer; exactly one marker and an EOS; use of latents.
+    """What a completion earns by a right answer; one marker and an EOS; use of latents [stage 2].
 
     By the default weights a right answer without latents beats a wrong one with them.
     """
     has_form = record["format_ok"] and not record["truncated"]
-    return {"accuracy": cfg.reward_accuracy * record["correct"],
-            "format": cfg.reward_format * has_form,
-            "latent": cfg.reward_latent * latent_reward(record, cfg)}
+    return {
+        "accuracy": cfg.reward_accuracy * record["correct"],
+        "format": cfg.reward_format * has_form,
+        "latent": cfg.reward_latent * latent_reward(record, cfg),
+    }
 
 
 def reward(record):
-    """The sum of what reward_parts found [stage 2; weights ours]."""
+    """The sum of what reward_parts found."""
     return sum(record["reward_parts"].values())
 
 
@@ -981,7 +1008,7 @@ def optimizer_step(optimizer, cfg, step):
 
 def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
     """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
-    cfg.stage = "rl"  # a step of the cold start takes no more
+    cfg.stage = "rl"  # its steps are the larger ones
     prompt = policy.tokenizer.decode(problems[0]["prompt_ids"])
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
     for problem in problems:
@@ -1035,7 +1062,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             records = result.pop("records")
             row = {"kind": "eval", "step": step, **result, "seconds": time.time() - started}
             if cfg.stage == "sft":
-                *_, row["replaced"] = round_of(max(step - 1, 0), cfg)  # learned so far
+                *_, replaced = round_of(max(step - 1, 0), cfg)
+                row["replaced"] = replaced  # in the last update before this evaluation
             if rank == 0:
                 log_rows(out_dir, row, records[:8])
                 progress.show(row, records)
@@ -1115,6 +1143,8 @@ def main(argv=None):
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
             examples = read_demonstrations(problems, tokenizer, policy, cfg)
+            if rank == 0:
+                print(f"cold start: {start.steps} updates on {len(examples)} written chains")
             result = train(policy, None, examples, eval_problems, settings, start, trained)
             if cfg.stage == "sft":
                 return result
@@ -1122,7 +1152,7 @@ def main(argv=None):
         policy.ranker.clear()  # RL needs none
     reference = frozen_copy(lm) if cfg.kl_coef > 0 and cfg.lora_rank == 0 else None
     if reference is None and cfg.kl_coef > 0 and (cfg.stage == "all" or cfg.max_replaced_steps):
-        reference = frozen_copy(lm)  # the start trained its adapters, and markers have none
+        reference = frozen_copy(lm)  # adapters alone are not what the start or the markers learned
     return train(policy, reference, problems, eval_problems, settings, cfg, resumed)
 
 

@@ -55,13 +55,13 @@ def switches(policy, tokenizer, problems, cfg):
 
 def replay_gap(policy, tokenizer, problems, cfg):
     """Gradient with stored latents against the exact one -> line of text."""
-    cfg = policy.cfg = dataclasses.replace(cfg, replay_latents=True)
+    cfg = dataclasses.replace(cfg, replay_latents=True, kl_coef=0.0, group_size=8)
+    policy.cfg = cfg
     batch = hyrea.rollout(policy, [p["prompt_ids"] for p in problems], cfg,
                           make_rng(policy.lm.device, 0), 8)
     records = grade(batch, problems, tokenizer, cfg.answer_marker)
     rewards = [sum(hyrea.reward_parts(record, cfg).values()) for record in records]
     batch["rewards"] = torch.tensor(rewards, device=policy.lm.device)
-    cfg.group_size = 8
     batch["advantages"] = hyrea.compute_advantages(batch, cfg)
     weights, found = hyrea.loss_weights(batch, cfg), []
     for part in (batch, {n: v for n, v in batch.items() if n != "latent_embeds"}):

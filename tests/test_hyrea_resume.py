@@ -1,6 +1,7 @@
 """The cold start as a run: files, stop and resume, its share of the data, two ranks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_a_cold_start_stopped_and_resumed_is_the_uninterrupted_one(folder, tmp_p
     assert differences(whole / "step_000004", parts / "step_000004") == []
     assert rows(whole, "eval") == rows(parts, "eval")
     assert [r["step"] for r in rows(whole, "eval")] == [0, 2, 4]
+    learned = [0, 0, 0] if "max_replaced_steps 0" in more else [0, 0, 1]
+    assert [r["replaced"] for r in rows(whole, "eval")] == learned
 
 
 @pytest.mark.parametrize("stage", ["sft", "all"])
@@ -91,6 +94,92 @@ def test_each_round_learns_from_its_share_of_the_shuffled_problems(model, tmp_pa
     assert [k for k, _ in seen] == [0, 0, 1, 1]
     first, second = seen[0][1] | seen[1][1], seen[2][1] | seen[3][1]
     assert len(first) == 12 < len(second)  # 8 + 8 draws of the first 12, then of all 24
+
+
+def saved(folder):
+    return torch.load(folder / "trainer.pt", weights_only=True)
+
+
+def test_the_model_that_ranks_the_steps_is_that_after_round_0_even_in_a_resumed_run(
+        model, tmp_path, monkeypatch):
+    more, seen = f"--stage all {SHORT} --sft_save_every 1 --keep_checkpoints 9", []
+    entropies = script.chain_entropies
+    monkeypatch.setattr(script, "chain_entropies", lambda lm, *args: seen.append(
+        {k: v.clone() for k, v in lm.state_dict().items()}) or entropies(lm, *args))
+    train("hyrea", flags(model, tmp_path / "run", more.replace("all", "sft") + " --stop_after 3"))
+    train("hyrea", flags(model, tmp_path / "run", more.replace("all", "sft") + " --resume auto"))
+    assert len(seen) == 2  # steps 2 and 3, in which one step is replaced
+    for step in (3, 4):
+        ranker, = saved(tmp_path / f"run/step_00000{step}")["ranker"]
+        for name, value in ranker.items():
+            assert torch.equal(seen[0][name], value) and torch.equal(seen[1][name], value)
+    round_0 = saved(tmp_path / "run/step_000002")
+    assert round_0["ranker"] == []
+    for name, value in round_0["policy"].items():
+        assert torch.equal(seen[1][name.removeprefix("lm.")], value), name
+    seen.clear()
+    train("hyrea", flags(model, tmp_path / "two", f"{more} --no-entropy_once"))
+    assert len(seen) == 2 and any(not torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
+    assert saved(tmp_path / "two/sft/step_000004")["ranker"] == []
+
+
+def test_rl_after_a_cold_start_carries_no_ranking_model(model, tmp_path):
+    train("hyrea", flags(model, tmp_path / "run", f"--stage all {SHORT}"))
+    assert len(saved(tmp_path / "run/sft/step_000004")["ranker"]) == 1
+    assert saved(tmp_path / "run/step_000004")["ranker"] == []
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_rl_run_trains_its_cold_start_again_only_if_that_was_deleted(
+        model, tmp_path, monkeypatch, lost):
+    whole, parts, more = tmp_path / "whole", tmp_path / "parts", f"--stage all {SHORT}"
+    calls, step, read = [], script.sft_step, script.read_demonstrations
+    train("hyrea", flags(model, whole, more))
+    train("hyrea", flags(model, parts, f"{more} --stop_after 3"))
+    assert (parts / "step_000003").exists() and not (parts / "sft/step_000003").exists()
+    if lost:
+        shutil.rmtree(parts / "sft")
+    monkeypatch.setattr(script, "sft_step", lambda *args: calls.append(args[-1]) or step(*args))
+    monkeypatch.setattr(script, "read_demonstrations", lambda *args: (
+        calls.append("chains") or read(*args)))
+    train("hyrea", flags(model, parts, f"{more} --resume auto"))
+    assert calls == ["chains", 0, 1, 2, 3] * lost
+    assert differences(whole / "step_000004", parts / "step_000004") == []
+
+
+def test_a_cold_start_without_finite_gradients_stops_after_five(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "optimizer_step", lambda *args: None)
+    more = SHORT.replace("--sft_steps 4", "--sft_steps 9")
+    code = train("hyrea", flags(model, tmp_path / "run", f"--stage all {more}"))
+    assert "5 updates in a row" in code and not (tmp_path / "run/step_000001").exists()
+    found = rows(tmp_path / "run/sft", "train")
+    assert len(found) == 5 and {(r["loss"], r["skipped"]) for r in found} == {(None, 1)}
+
+
+@pytest.mark.parametrize("stage", ["sft", "all"])
+def test_a_dry_run_of_a_cold_start_tries_a_step_of_rl(model, tmp_path, capsys, stage):
+    row = train("hyrea", flags(model, tmp_path / "run", f"--stage {stage} {SHORT} --dry_run"))
+    assert row["step"] == 1 and row["length"] == 28 and not (tmp_path / "run").exists()
+    assert "no span was forced" in capsys.readouterr().out
+
+
+def test_rl_of_a_model_without_a_cold_start_is_pointed_out(model, tmp_path, capsys):
+    train("hyrea", flags(model, tmp_path / "start", f"--stage sft {SHORT}"))
+    capsys.readouterr()
+    for start, warned in ((model, True), (tmp_path / "start", False)):
+        train("hyrea", flags(start, tmp_path / f"run{warned}", "--steps 1"))
+        assert ("has had no cold start" in capsys.readouterr().out) == warned
+
+
+def test_unwise_settings_of_a_cold_start_are_warned_of_and_too_few_rows_refused(
+        model, capsys, monkeypatch):
+    cfg = script.parse_config(flags(model, "run", f"--stage sft {SHORT} --max_replaced_steps 2"))
+    script.start_config(cfg)
+    assert "--sft_rounds 2: too few" in capsys.readouterr().err
+    monkeypatch.setattr(script.dist, "get_world_size", lambda: 9)
+    with pytest.raises(SystemExit):
+        script.start_config(cfg)
+    assert "--sft_batch 8: must be at least" in capsys.readouterr().err
 
 
 TWO_RANKS = """

@@ -33,6 +33,8 @@ def test_default_rewards_put_a_right_answer_before_any_use_of_latents():
     assert reward(record(True, truncated=True), cfg) == pytest.approx(1.0)  # no EOS: no format
     assert script.latent_reward(record(True), cfg) == 0
     assert script.latent_reward(record(True, True, 1), cfg) == 1
+    weights = script.Config(reward_accuracy=2.0, reward_format=0.5, reward_latent=0.25)
+    assert reward(record(True, switches=1), weights) == 2.75
 
 
 @pytest.mark.parametrize("kind, expected", [("any", [0, 1, 1]), ("frac", [0, 0.25, 1])])

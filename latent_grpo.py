@@ -526,7 +526,7 @@ def chunk_labels(ids, size, is_digits):
 
 
 def read_demonstrations(problems, tokenizer, policy, cfg):
-    """Problems with chain_ids, chunks (of them) and answer_ids; those without a chain are left out.
+    """-> problems with chain_ids, chunks (of them) and answer_ids; how many have none of these.
 
     Chain and answer are tokenised apart, so that nothing merges across the border. The answer is
     marker, answer and EOS only: the thought has to do the work. The built-in task's teacher errs,
@@ -552,10 +552,11 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     if not kept:
         fail(f"--stage {cfg.stage}: no problem of --train {cfg.train} has steps or a solution that "
              f"fits into --max_completion_length {cfg.max_completion_length}; or use --stage rl")
-    if len(kept) < len(problems):
-        warn(f"{len(problems) - len(kept)} of {len(problems)} problems demonstrate nothing: no "
-             "chain, or over --max_completion_length")
-    return kept
+    num_lost = len(problems) - len(kept)
+    if num_lost:
+        warn(f"{num_lost} of {len(problems)} problems demonstrate nothing: no chain, or over "
+             "--max_completion_length")
+    return kept, num_lost
 
 
 def demonstrate(chosen, policy, cfg, is_written, rng):
@@ -1174,7 +1175,7 @@ def main(argv=None):
         if resumed and trained and cfg.stage == "all":  # complete; the reference is a copy of it
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
-            examples = read_demonstrations(problems, tokenizer, policy, cfg)
+            examples, _ = read_demonstrations(problems, tokenizer, policy, cfg)
             result = train(policy, None, examples, eval_problems, settings, start, trained)
             if cfg.stage == "sft":
                 return result

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import (  # noqa: E402, I001
-    completion_hidden, completion_logprobs, encode_prompts, grade, left_pad, lm_hidden, lm_logits,
+    completion_hidden, completion_logprobs, grade, left_pad, lm_hidden, lm_logits,
     load_model, load_problems, mean)
 
 # === 1. config ====================================================================================
@@ -132,9 +132,10 @@ def main(cfg):
     torch.manual_seed(0)
     lm, tokenizer = load_model(cfg.model)
     problems = load_problems(cfg.train)
-    problems = encode_prompts(tokenizer, problems, cfg.answer_marker, 128)
     held_out = load_problems(cfg.train, "test", 512)
-    held_out = encode_prompts(tokenizer, held_out, cfg.answer_marker, 128)
+    for problem in [*problems, *held_out]:
+        prompt = f"<bos>{problem['question']}<think>"  # the form that tiny knows
+        problem["prompt_ids"] = tokenizer.encode(prompt, add_special_tokens=False)
     policy = Policy(lm)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr)
     for step in range(1, cfg.steps + 1):

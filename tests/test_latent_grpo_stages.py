@@ -30,7 +30,7 @@ def few_problems(monkeypatch):
 def demonstrations(policy, cfg, tokenizer, spec="arithmetic-verbose:1-3", limit=6):
     problems = common.encode_prompts(
         tokenizer, common.load_problems(spec, "train", limit), cfg)
-    return script.read_demonstrations(problems, tokenizer, policy, cfg)
+    return script.read_demonstrations(problems, tokenizer, policy, cfg)[0]
 
 
 def built(**changes):
@@ -110,7 +110,7 @@ def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(caps
     chains = [{"solution": "1+2"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
               {"solution": "1" * 50}]
     problems = [{**PROBLEM, **c, "prompt_ids": [1]} for c in chains]
-    kept = script.read_demonstrations(problems, tokenizer, policy, cfg)
+    kept, _ = script.read_demonstrations(problems, tokenizer, policy, cfg)
     assert [tokenizer.decode(p["chain_ids"]) for p in kept] == ["1+2", "1 2"]  # real data: spaces
     assert "3 of 5 problems demonstrate nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -127,7 +127,7 @@ def small(monkeypatch):
 
 def test_grpo_in_150_lines_has_the_sections_and_names_of_hrpo(small):
     hrpo, title = import_module("hrpo"), r"^# === \d\. (.+?) =+$"
-    assert len(read(DOCS / "grpo_in_150_lines.py").splitlines()) < 150
+    assert len(read(DOCS / "grpo_in_150_lines.py").splitlines()) <= 150
     own = re.findall(title, read(DOCS / "grpo_in_150_lines.py"), re.M)
     assert own == [name for name in re.findall(title, read(ROOT / "hrpo.py"), re.M) if name in own]
     names = [name for name, value in vars(small).items()

@@ -41,7 +41,7 @@ def build(method, kind="llama", tokenizer=None, eos=EOS, pad=0, seed=0, **change
     for name, p in policy.named_parameters():
         if not name.startswith(("lm.", "table.")) and p.dim() > 1:
             p.data.mul_(20)
-    if method == "hyrea":
+    if method == "hyrea" and cfg.max_replaced_steps:
         # an id that random models sample often, as the real one is not
         policy.start_id = policy.markers[0] = 14
     return module, policy, cfg

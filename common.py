@@ -16,6 +16,7 @@ import copy
 import csv
 import dataclasses
 import fcntl
+import functools
 import gc
 import gzip
 import hashlib
@@ -74,47 +75,142 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     lora_rank  > 0 freezes the model and adds trainable low-rank adapters
 
     Sets on lm: compute_dtype; num_tokens, the tokenizer's ids, logits beyond which are cut off;
-    eos_ids, all of them; pad_id, any valid id, since masks come from lengths. Dropout is 0. `fail`s
-    when the model has no EOS id, too few embedding rows, or scales its embeddings or logits.
+    eos_ids, all of them; pad_id, any valid id, since masks come from lengths; head_scale, softcap:
+    see lm_logits. Dropout is 0. `fail`s when a weight is missing, of another shape or not finite,
+    without an EOS id, with too few embedding rows, and on the models that find_fault names.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
-    source = str(path) if path.is_dir() else name
-    if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
-        fail(f"--model {name}: no such folder")  # rather than ask the hub for it
-    stored = dtype if lora_rank else torch.float32
-    try:
-        code = {"trust_remote_code": False}  # else it asks whether to run a folder's own code
-        config = AutoConfig.from_pretrained(source, **code)
-        for key in [k for k in config.to_dict() if re.search("dropout|_pdrop", k)]:
-            setattr(config, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(source, **code)
-        lm = AutoModelForCausalLM.from_pretrained(  # a pickle is never opened
-            source, config=config, dtype=stored, use_safetensors=True, **code)
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
-    ends = [tokenizer.eos_token_id, lm.generation_config.eos_token_id, config.eos_token_id]
-    ends = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
-    lm.num_tokens, lm.compute_dtype, lm.share_prompts = len(tokenizer), dtype, False
-    lm.eos_ids = sorted(i for i in ends if i < lm.num_tokens)
+    verbosity = logging.get_verbosity()
+    lm, tokenizer = read_model(name, dtype if lora_rank else torch.float32)
+    lm.compute_dtype = dtype
+    lm.share_prompts = False
+    lm.num_tokens = len(tokenizer)
+    ends = set()
+    for owner in (tokenizer, lm.generation_config, lm.config):
+        ids = getattr(owner, "eos_token_id", None)
+        ends.update(ids if isinstance(ids, list) else [ids])
+    lm.eos_ids = sorted(i for i in ends - {None} if i < lm.num_tokens)
     if not lm.eos_ids:
         fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
     if lm.num_tokens > lm.get_input_embeddings().num_embeddings:
         fail(f"--model {name}: {lm.num_tokens} tokenizer ids but fewer embedding rows; resize it")
-    lm.pad_id = lm.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    lm.pad_id = tokenizer.pad_token_id
+    if lm.pad_id is None:
+        lm.pad_id = lm.eos_ids[0]
     lm = lm.to(device)
-    ids, table = torch.arange(2, 6, device=lm.device)[None], lm.get_input_embeddings()
-    with torch.no_grad():
-        logits = lm(input_ids=ids, use_cache=False).logits.float()[..., : lm.num_tokens]
-        ours = lm_logits(lm, lm_hidden(lm, table(ids), torch.ones_like(ids).bool()))
-        if not torch.equal(table(ids), table.weight[ids]) or (ours - logits).abs().max() > 0.3:
-            fail(f"--model {name}: scales its embeddings or logits, as Gemma does: not supported")
+    try:
+        fault = find_fault(lm)
+    except Exception as error:  # models without such a cache stumble in many ways
+        fault = f"{RECURRENT} ({first_line(error)})"
+    logging.set_verbosity(verbosity)
+    if fault:
+        fail(f"--model {name}: {fault}; docs/models.md lists what works")
     if lora_rank:
         add_lora(lm, lora_rank)
     return lm, tokenizer
+
+
+def read_model(name, dtype):
+    """Files -> (lm, tokenizer) on the CPU; `fail`s unless every weight is there, in its shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
+    if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
+        fail(f"--model {name}: no such folder")  # rather than ask the hub for it
+    source = str(path) if path.is_dir() else name
+    code = {"trust_remote_code": False}  # else it asks whether to run a folder's own code
+    try:
+        config = AutoConfig.from_pretrained(source, **code)
+        if getattr(config, "quantization_config", None):
+            fail(f"--model {name}: its weights are quantised and cannot be trained; "
+                 "use the model that it was made from")
+        for key in config.to_dict():
+            if re.search("dropout|_pdrop", key):
+                setattr(config, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(source, **code)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # else it prints a table of what is said below in one line
+        lm, info = AutoModelForCausalLM.from_pretrained(  # a pickle is never opened
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **code)
+    except Exception as error:  # damaged files raise a dozen kinds
+        fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
+    lost = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    if lost:  # they would be random
+        unknown = sorted(info["unexpected_keys"])[:2]
+        fail(f"--model {name}: {len(lost)} of its weights are missing or have another shape, "
+             f"such as {', '.join(sorted(lost)[:3])}; unknown ones: {', '.join(unknown) or 'none'}")
+    return lm, tokenizer
+
+
+RECURRENT = ("it cannot decode padded rows on a cache of keys and values; recurrent, hybrid and "
+             "linear-attention models are not supported")
+
+
+@torch.no_grad()
+def find_fault(lm):
+    """Why the scripts cannot train lm, or None. Sets lm.head_scale and lm.softcap on the way.
+
+    Two rows of made-up ids, the second padded on the left, are decoded as a rollout does it: on a
+    cache, in pieces, the first row dropped on the way. The second row alone, in one pass and
+    without a cache, has to give the same.
+    """
+    from transformers import DynamicCache
+
+    for key, weight in lm.named_parameters():
+        if not weight.isfinite().all():
+            return f"NaN or infinite values in {key}"
+    config = lm.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "'dynamic'" in str(rope):
+        return "its positions (dynamic RoPE) depend on the longest row of a batch: not supported"
+    if rope.get("rope_type") == "longrope":  # what is cached before is not what is scored then
+        warn(f"{lm.name_or_path}: its positions change in meaning beyond the first "
+             f"{rope['original_max_position_embeddings']}: keep prompt and completion within them")
+
+    padding, width = 16, 38
+    table = lm.get_input_embeddings()
+    ids = torch.arange(2 * width, device=lm.device).view(2, width) % lm.num_tokens
+    embeds = table(ids)  # [2, S, H]
+    exists = torch.ones_like(ids, dtype=torch.bool)
+    row = embeds[1:, padding:]
+    alone = lm_hidden(lm, row, exists[1:, padding:])  # [1, S - padding, H]
+    half = lm_hidden(lm, row[:, :11], exists[1:, :11])
+    if differ(lm, half, alone[:, :11]):
+        return "a token sees what comes after it: an encoder, no causal language model"
+    if differ(lm, table.weight[ids] * embed_scale(table), embeds):
+        return "its embeddings are no rows of a table: not supported"
+
+    logits = lm(input_ids=ids[1:, padding:], use_cache=False).logits[..., : lm.num_tokens]
+    lm.softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None) or 1.0
+    for lm.head_scale in (scale, 1 / scale, 1.0):  # some multiply, some divide
+        if not differ(lm, lm_logits(lm, alone), logits):
+            break
+    else:
+        return "it makes its logits of more than its last hidden states: not supported"
+
+    exists[1, :padding] = False
+    cache = DynamicCache()
+    pieces = []
+    for start, end in ((0, 28), (28, 36), (36, 37), (37, 38)):
+        hidden = lm_hidden(lm, embeds[:, start:end], exists[:, :end], cache=cache)
+        pieces.append(hidden[-1:])
+        if end == 36:
+            cache.batch_select_indices(torch.tensor([1], device=lm.device))
+            embeds, exists = embeds[1:], exists[1:]
+    decoded = torch.cat(pieces, 1)[:, padding:]
+    if differ(lm, decoded, alone):  # also where the model has ignored our cache
+        return RECURRENT
+
+
+def differ(lm, a, b):
+    """Are a and b further apart than rounding in the precision of lm brings them?"""
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1  # measured: 5e-7 and 1e-2
+    distance = (a.float() - b.float()).norm()
+    return not distance <= tolerance * b.float().norm()
 
 
 def model_folder(name):
@@ -137,23 +233,34 @@ def load_method(policy, name, method):
     if saved and saved["method"] != method:
         warn(f"{name} was trained by {saved['method']}: only its language model is used")
     elif saved:
-        tensors = load_file(model_folder(name) / "latent" / "method.safetensors")
-        unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
-        if unknown:
-            fail(f"{name}: {method} does not know its tensors {', '.join(unknown)}")
+        file = model_folder(name) / "latent" / "method.safetensors"
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            fail(f"{file}: {first_line(error)}")
+        found = {key: value.shape for key, value in tensors.items()}
+        wanted = {key: value.shape for key, value in policy.state_dict().items()
+                  if not key.startswith(("lm.", "table."))}
+        wrong = sorted(key for key, _ in found.items() ^ wanted.items())
+        if wrong:
+            fail(f"{file}: not the tensors of {method}; these differ: {', '.join(wrong[:3])}")
+        policy.load_state_dict(tensors, strict=False)
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+    text = str(error).strip() or type(error).__name__
+    return text.split("\n")[0][:160]
 
 
 def weights_fingerprint(module):
     """Short hash over the names, shapes and some values of all weights: tells two models apart."""
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
-        flat = tensor.detach().flatten()
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        digest.update(flat[:: flat.numel() // 256 + 1].float().cpu().numpy().tobytes())
+        flat = tensor.detach().flatten()
+        step = flat.numel() // 256 + 1
+        sample = flat[::step].float().cpu()
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -175,7 +282,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank):
         super().__init__()
-        self.base, self.enabled = base, True
+        self.base = base
+        self.enabled = True
         place = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
@@ -185,7 +293,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        return (y + 2 * F.linear(F.linear(x.float(), self.lora_A), self.lora_B)).to(y.dtype)
+        low = F.linear(x.float(), self.lora_A)  # [..., r]
+        return (y + 2 * F.linear(low, self.lora_B)).to(y.dtype)
 
     def merged_weight(self):
         return self.base.weight.float() + 2 * self.lora_B @ self.lora_A  # [out, in] float32
@@ -194,12 +303,13 @@ class LoRALinear(nn.Module):
 def add_lora(lm, rank):
     """Freeze lm and wrap every linear layer of its blocks (q, k, v, o, gate, up, down) in place."""
     lm.requires_grad_(False)
-    linears = [(n, m) for n, m in lm.base_model.named_modules() if isinstance(m, nn.Linear)]
+    modules = dict(lm.base_model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if not linears:
         fail(f"--lora_rank {rank}: {type(lm).__name__} has no nn.Linear layers; use --lora_rank 0")
-    for name, linear in linears:
+    for name in linears:
         parent, _, child = name.rpartition(".")
-        setattr(lm.base_model.get_submodule(parent), child, LoRALinear(linear, rank))
+        setattr(modules[parent], child, LoRALinear(modules[name], rank))
 
 
 @contextlib.contextmanager
@@ -218,7 +328,10 @@ def lora_disabled(lm):
 @torch.no_grad()
 def merged_state_dict(lm):
     """Weights under their ordinary transformers names, adapters merged in (in float32)."""
-    state = {k.replace(".base.", "."): v for k, v in lm.state_dict().items() if ".lora_" not in k}
+    state = {}
+    for key, value in lm.state_dict().items():
+        if ".lora_" not in key:
+            state[key.replace(".base.", ".")] = value
     for name, module in lm.named_modules():
         if isinstance(module, LoRALinear):
             state[f"{name}.weight"] = module.merged_weight()
@@ -229,10 +342,15 @@ def tiny_folder(name):
     """Folder of the trained model `tiny:SPEC`. Rank 0 trains it the first time, the others wait."""
     spec = name.partition(":")[2] or "arithmetic"
     recipe = inspect.getsource(train_tiny) + inspect.getsource(arithmetic_problems)
-    key = hashlib.sha256(f"{spec} {torch.__version__} {recipe}".encode()).hexdigest()[:12]
+    text = f"{spec} {torch.__version__} {recipe}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = CACHE / f"tiny-{spec.replace(':', '-')}-{key}"
     if os.environ.get("RANK", "0") == "0" and not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:  # said now, not after a minute of training
+            fail(f"--model {name}: no place to keep it ({error}); set LATENT_RL_CACHE to another")
         with torch.random.fork_rng():
             train_tiny(spec, partial)
         with contextlib.suppress(OSError):  # another run may have finished first, with the same
@@ -1057,23 +1175,49 @@ def autocast(lm):
     return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
 
 
+@functools.cache
+def cache_name(model_class):
+    """What the forward of a class calls its cache: past_key_values; cache from transformers 5.24"""
+    names = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def lm_hidden(lm, embeds, mask, positions=None, cache=None):
     """Last hidden states, after the final norm: embeds [B, S, H] -> [B, S, H].
 
     mask [B, past + S] bool: the positions, cached ones included, that exist. positions [B, S] are
-    counted from it when not given, so that left padding shifts nothing. cache: a transformers
-    DynamicCache, extended in place; None computes without one.
+    counted from it when not given, so that left padding shifts nothing. Windows and ALiBi count
+    columns instead: between two positions of a row there must be none that does not exist. cache:
+    a transformers DynamicCache, extended in place; None computes without one.
     """
     if positions is None:
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-    return lm.base_model(
-        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions,
-        past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        positions = positions[:, -embeds.shape[1] :]
+    body = lm.base_model
+    caching = {"use_cache": cache is not None, cache_name(type(body)): cache}
+    outputs = body(
+        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, **caching)
+    return outputs.last_hidden_state
 
 
 def lm_logits(lm, hidden):
-    """hidden [..., H] -> logits [..., V] float32; V = the tokenizer's ids, without padded rows."""
-    return lm.get_output_embeddings()(hidden)[..., : lm.num_tokens].float()
+    """hidden [..., H] -> logits [..., V] float32; V = the tokenizer's ids, without padded rows.
+
+    What the model itself makes of them: some scale logits (Cohere, Granite, MiniCPM), some bend
+    them so that they stay below a cap (Gemma 2). Scaling the input of the head costs less.
+    """
+    logits = lm.get_output_embeddings()(hidden * lm.head_scale)[..., : lm.num_tokens].float()
+    if lm.softcap:
+        logits = lm.softcap * torch.tanh(logits / lm.softcap)
+    return logits
+
+
+def embed_scale(table):
+    """The factor by which an embedding module multiplies its rows (Gemma, MiniCPM); mostly 1.
+
+    Other models multiply later, and then all that is fed (Granite): nothing is to be done here.
+    """
+    return getattr(table, "embed_scale", 1.0)
 
 
 def completion_hidden(lm, batch, embeds):
@@ -1086,25 +1230,36 @@ def completion_hidden(lm, batch, embeds):
     """
     from transformers import DynamicCache
 
-    ids, prompt_mask, table = batch["prompt_ids"], batch["prompt_mask"], lm.get_input_embeddings()
+    ids = batch["prompt_ids"]
+    prompt_mask = batch["prompt_mask"]
+    table = lm.get_input_embeddings()
+    fed = embeds[:, :-1]
     exists = torch.cat([prompt_mask, batch["completion_mask"][:, :-1]], 1)
     first, same = first_of_each(ids, prompt_mask) if lm.share_prompts else (ids, None)
     if len(first) == len(ids):
-        inputs = torch.cat([table(ids), embeds[:, :-1]], 1)
+        inputs = torch.cat([table(ids), fed], 1)
         return lm_hidden(lm, inputs, exists)[:, ids.shape[1] - 1 :]
     cache = DynamicCache()
-    last = lm_hidden(lm, table(ids[first]), prompt_mask[first], cache=cache)[:, -1:]  # [b, 1, H]
+    hidden = lm_hidden(lm, table(ids[first]), prompt_mask[first], cache=cache)
+    last = hidden[same, -1:]  # [B, 1, H]
+    if fed.shape[1] == 0:
+        return last
     cache.batch_select_indices(same)
-    return torch.cat([last[same], lm_hidden(lm, embeds[:, :-1], exists, cache=cache)], 1)
+    rest = lm_hidden(lm, fed, exists, cache=cache)
+    return torch.cat([last, rest], 1)
 
 
 def first_of_each(prompt_ids, prompt_mask):
     """Prompts [B, P] -> first row of each distinct one [b], and which of them each row has [B]."""
-    numbers = {}
-    keys = [tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu())]
-    same = [numbers.setdefault(key, len(numbers)) for key in keys]
-    first = [same.index(number) for number in range(len(numbers))]
-    return [torch.tensor(rows, device=prompt_ids.device) for rows in (first, same)]
+    numbers, first, same = {}, [], []
+    for row, (ids, mask) in enumerate(zip(prompt_ids.cpu(), prompt_mask.cpu())):
+        prompt = tuple(ids[mask].tolist())
+        if prompt not in numbers:
+            numbers[prompt] = len(first)
+            first.append(row)
+        same.append(numbers[prompt])
+    device = prompt_ids.device
+    return torch.tensor(first, device=device), torch.tensor(same, device=device)
 
 
 def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
@@ -1114,24 +1269,35 @@ def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
     -> logprobs shaped like ids, entropy [B, T] (nats, detached), float32. The head runs on slices
     of about `chunk` logits, recomputed in backward, so that [B, T, V] never exists.
     """
-    states, wanted = hidden[mask], ids[mask]  # [n, H], [n] or [n, K]
+    states = hidden[mask]  # [n, H]
+    wanted = ids[mask]  # [n] or [n, K]
     size = max(1, chunk // lm.num_tokens)
     recompute = torch.is_grad_enabled() and len(states) > size
-    parts = []
-    for start in range(0, max(1, len(states)), size):
-        args = lm, states[start : start + size], wanted[start : start + size], temperature
-        parts.append(checkpoint(gather_logprobs, *args, use_reentrant=False) if recompute
-                     else gather_logprobs(*args))
-    found, entropies = (torch.cat(values) for values in zip(*parts))
-    where = mask.view(*mask.shape, *[1] * (ids.dim() - 2)).expand(ids.shape)
-    logprobs = torch.zeros(ids.shape, device=ids.device).masked_scatter(where, found)
-    return logprobs, torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, entropies)
+    found, entropies = [], []
+    total = max(1, len(states))
+    for start in range(0, total, size):
+        rows = slice(start, start + size)
+        args = (lm, states[rows], wanted[rows], temperature)
+        if recompute:
+            part = checkpoint(gather_logprobs, *args, use_reentrant=False)
+        else:
+            part = gather_logprobs(*args)
+        found.append(part[0])
+        entropies.append(part[1])
+    logprobs = torch.zeros(ids.shape, device=ids.device)
+    entropy = torch.zeros(mask.shape, device=ids.device)
+    where = mask if ids.dim() == 2 else mask[..., None].expand(ids.shape)
+    logprobs = logprobs.masked_scatter(where, torch.cat(found))
+    entropy = entropy.masked_scatter(mask, torch.cat(entropies))
+    return logprobs, entropy
 
 
 def gather_logprobs(lm, states, ids, temperature):
     """states [n, H], ids [n] or [n, K] -> log-probs shaped like ids, entropies [n]."""
-    logprobs = torch.log_softmax(lm_logits(lm, states) / temperature, -1)  # [n, V]
-    found = logprobs.gather(-1, ids if ids.dim() > 1 else ids[:, None])
+    logits = lm_logits(lm, states) / temperature
+    logprobs = torch.log_softmax(logits, -1)  # [n, V]
+    columns = ids if ids.dim() > 1 else ids[:, None]
+    found = logprobs.gather(-1, columns)
     with torch.no_grad():  # last: backward recomputes only up to what it needs
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return found.view(ids.shape), entropies
@@ -1143,35 +1309,41 @@ def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
     logits [B, V] -> scores [B, K], ids [B, K] or None. softmax(scores) are the probabilities of the
     K candidates, 0 where top-p cut. With top_k 0 and top_p 1, K = V and ids is None: k is id k.
     """
-    scores, ids = logits / temperature, None
+    scores = logits / temperature
+    ids = None
     if 0 < top_k < logits.shape[-1]:
         scores, ids = scores.topk(top_k, -1)
     elif top_p < 1:
         scores, ids = scores.sort(-1, descending=True)
     if top_p < 1:
         probs = scores.softmax(-1)
-        scores = scores.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
+        likelier = probs.cumsum(-1) - probs  # mass of the ids before each
+        scores = scores.masked_fill(likelier >= top_p, -math.inf)
     return scores, ids
 
 
 def make_rng(device, *key):
     """Generator seeded by what the noise is for: seed, purpose, step. A resume needs no state."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    seed = int.from_bytes(digest[:7], "little")
+    return torch.Generator(device).manual_seed(seed)
 
 
 def gumbel_like(x, rng):
     """Independent standard Gumbel noise shaped like x, float32; rng is a torch.Generator."""
-    draws = torch.empty(x.shape, device=x.device).exponential_(generator=rng)
+    draws = torch.empty(x.shape, device=x.device)
+    draws.exponential_(generator=rng)
     return -draws.clamp(min=1e-30).log()
 
 
 def top_k_mixture(ids, weights, table):
     """Weighted sum of K embeddings: ids, weights [..., K] -> [..., H], dtype of the table."""
-    weight = table.weight if isinstance(table, nn.Module) else table
-    bags, factors = ids.flatten(0, -2), weights.flatten(0, -2).to(weight.dtype)  # [n, K]
-    mixed = F.embedding_bag(bags, weight, mode="sum", per_sample_weights=factors)
-    return mixed.view(*ids.shape[:-1], -1)
+    rows = table.weight
+    bags = ids.flatten(0, -2)  # [n, K]
+    factors = weights.flatten(0, -2).to(rows.dtype)
+    mixed = F.embedding_bag(bags, rows, mode="sum", per_sample_weights=factors)  # [n, H]
+    mixed = mixed.view(*ids.shape[:-1], -1)
+    return mixed * embed_scale(table)
 
 
 # ---- batches: dicts of tensors with B rows; their keys: `rollout` in a script --------------------
@@ -1180,19 +1352,26 @@ def top_k_mixture(ids, weights, table):
 def left_pad(prompts, pad_id, device):
     """Lists of ids -> ids [N, P] padded on the left, mask [N, P] made from the lengths."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+    rows, gaps = [], []
+    for prompt in prompts:
+        gap = width - len(prompt)
+        rows.append([pad_id] * gap + prompt)
+        gaps.append([gap])
+    ids = torch.tensor(rows, device=device)
+    columns = torch.arange(width, device=device)
+    mask = columns >= torch.tensor(gaps, device=device)
+    return ids, mask
 
 
 def select_rows(batch, rows):
     """The given rows of every tensor, without the columns that are padding in all of them."""
     picked = {name: value[rows] for name, value in batch.items()}
     longest = int(picked["lengths"].max())
-    width = int(picked["prompt_mask"].sum(1).max())
+    prompt_mask = picked["prompt_mask"]
+    first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
     for name, value in picked.items():
         if name.startswith("prompt"):
-            picked[name] = value[:, value.shape[1] - width :]
+            picked[name] = value[:, first:]
         elif value.dim() > 1:
             picked[name] = value[:, :longest]
     return picked
@@ -1203,18 +1382,23 @@ def micro_batches(batch, rows, micro_batch, max_tokens=0, share_prompts=False):
 
     share_prompts: rows with the same prompt stay together, in the place of the longest of them.
     """
-    lengths, prompts = batch["lengths"].tolist(), batch["prompt_mask"].sum(1).tolist()
+    lengths = batch["lengths"].tolist()
+    prompts = batch["prompt_mask"].sum(1).tolist()
     same = range(len(lengths))
     if share_prompts:
         same = first_of_each(batch["prompt_ids"], batch["prompt_mask"])[1].tolist()
-    pieces, longest = [[]], {}
+    longest = {}
     for row in rows:
-        longest[same[row]] = max(lengths[row] + prompts[row], longest.get(same[row], 0))
-    for row in sorted(rows, key=lambda r: (-longest[same[r]], same[r])):
+        total = lengths[row] + prompts[row]
+        longest[same[row]] = max(total, longest.get(same[row], 0))
+    pieces = [[]]
+    order = sorted(rows, key=lambda row: (-longest[same[row]], same[row]))
+    for row in order:
         grown = [*pieces[-1], row]
-        width = max(lengths[r] for r in grown) + max(prompts[r] for r in grown)
-        full = len(grown) > micro_batch or 0 < max_tokens < len(grown) * width
-        if full and pieces[-1]:
+        width = max(prompts[r] for r in grown)
+        width += max(lengths[r] for r in grown)
+        too_wide = 0 < max_tokens < len(grown) * width
+        if pieces[-1] and (too_wide or len(grown) > micro_batch):
             pieces.append([])
         pieces[-1].append(row)
     return pieces

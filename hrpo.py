@@ -31,12 +31,12 @@ from transformers import DynamicCache
 
 from common import (
     INSTRUCTION, Marker, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    completion_hidden, completion_logprobs, data_fingerprint, encode_prompts, fail, find_resume,
-    frozen_copy, gather, grade, largest, left_pad, lm_hidden, lm_logits, load_checkpoint,
-    load_method, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima,
-    means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
-    resolve_config, run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed,
-    stop_requested, summarise, top_k_mixture, weights_fingerprint)
+    completion_hidden, completion_logprobs, data_fingerprint, embed_scale, encode_prompts, fail,
+    find_resume, frozen_copy, gather, grade, largest, left_pad, lm_hidden, lm_logits,
+    load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows, lora_disabled,
+    make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags, peak_memory,
+    record_sums, resolve_config, run_program, save_checkpoint, select_rows, setup_distributed,
+    stop_agreed, stop_requested, summarise, top_k_mixture, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -143,6 +143,7 @@ def soft_embedding(probs, table, ids=None):
     norm = probs.float().norm(dim=-1, keepdim=True)
     if ids is None:
         expected = probs.to(table.weight.dtype) @ table.weight[: probs.shape[-1]]
+        expected = expected * embed_scale(table)
     else:
         expected = top_k_mixture(ids, probs, table)
     return (expected / norm).to(table.weight.dtype)

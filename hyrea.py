@@ -36,12 +36,12 @@ from transformers import DynamicCache
 from common import (
     INSTRUCTION, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
     checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
-    encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest, latest_checkpoint,
-    left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
-    lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems,
-    open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
-    select_rows, setup_distributed, stop_agreed, stop_requested, summarise, taught_answer, warn,
-    weights_fingerprint)
+    embed_scale, encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest,
+    latest_checkpoint, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
+    load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches,
+    next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program,
+    save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested, summarise,
+    taught_answer, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -169,15 +169,36 @@ def pick(states, columns):
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
+def embedding_size(table, num_tokens):
+    """Root mean square of what an embedding module makes of the tokenizer's ids; constant."""
+    weight = table.weight.detach()[:num_tokens]
+    return weight.float().square().mean().sqrt() * embed_scale(table)
+
+
+def close_gaps(cache, seen):
+    """Move what each row has cached to the right, over its gaps: mask [B, S] -> mask [B, <= S].
+
+    A gap is a column that was fed for other rows only. Windows and ALiBi count columns, so inside a
+    row there must be none. Columns that are gaps in all rows go.
+    """
+    longest = int(seen.sum(1).max())
+    order = seen.int().argsort(dim=1, stable=True)[:, -longest:]  # gaps first
+    for layer in cache.layers:  # keys, values [B, heads, S, size]
+        layer.keys = layer.keys.take_along_dim(order[:, None, :, None], 2)
+        layer.values = layer.values.take_along_dim(order[:, None, :, None], 2)
+    return seen.gather(1, order)
+
+
 class HeadWithout:
     """The head of a language model by which some ids have no probability.
 
-    It takes the model's place in completion_logprobs, which asks a model for two things only: its
-    head and num_tokens.
+    It takes the model's place in completion_logprobs, which asks a model only for what is below.
     """
 
+    head_scale, softcap = 1.0, None  # the model's own are in lm_logits already
+
     def __init__(self, lm, ids):
-        self.head = lm.get_output_embeddings()
+        self.lm = lm
         self.num_tokens = lm.num_tokens
         self.ids = ids  # [n]
 
@@ -187,7 +208,7 @@ class HeadWithout:
     def logits(self, hidden):
         """hidden [..., H] -> logits [..., V]"""
         # exp(-1e4) is 0 as well, and -inf would make the entropy 0 x inf = NaN.
-        return self.head(hidden).index_fill(-1, self.ids, -1e4)
+        return lm_logits(self.lm, hidden).index_fill(-1, self.ids, -1e4)
 
 
 class Policy(nn.Module):
@@ -248,8 +269,8 @@ class Policy(nn.Module):
         """Hidden state -> the input of a latent slot, [.., H]: itself, or scaled (--latent_rms)."""
         if not self.cfg.latent_rms:
             return hidden
-        weight = (lm or self.lm).get_input_embeddings().weight.detach()[: self.lm.num_tokens]
-        wanted = weight.float().square().mean().sqrt()
+        table = (lm or self.lm).get_input_embeddings()
+        wanted = embedding_size(table, self.lm.num_tokens)
         size = hidden.float().square().mean(-1, keepdim=True).sqrt()
         return hidden * (wanted / size)
 
@@ -260,7 +281,9 @@ class Policy(nn.Module):
         rounds: round n feeds the n-th latent slot and the tokens up to the next one, in all rows at
         once, on one growing cache. Gradients run back through the chain of latents. Two rows,
         S E markers, L latents, a-e tokens:   a S L E b S L E c  is fed as  a S | L E b S | L E c
-                                              d e S L E                     d e S | L E | (masked)
+                                              d e S L E                     d e S | L E | (gap)
+        Windows and ALiBi count columns, so the gaps of a round go before the next. A Llama has
+        neither: it is spared the copies, and the published numbers stay as they are.
         """
         lm = lm or self.lm
         table, latent = lm.get_input_embeddings(), batch["latent_mask"] & batch["completion_mask"]
@@ -277,16 +300,20 @@ class Policy(nn.Module):
         cache, seen = DynamicCache() if turn.any() else None, exists[:, :0]
         # seen: which columns fed so far are slots; a single round needs no cache
         columns = torch.arange(exists.shape[1], device=exists.device)
-        pieces, where, last = [], torch.zeros_like(places), None  # where: column of each slot
+        pieces, where, last = [], torch.zeros_like(places), None
+        fed = 0  # columns fed in the rounds before; where: that of each slot among all fed
         for number in range(int(turn.max()) + 1):
             now = exists & (turn == number)  # [B, S], one run of slots in a row, or none
             count, first = now.sum(1, keepdim=True), now.int().argmax(1, keepdim=True)  # [B, 1]
             offsets = columns[: int(count.max())]
             slots = (first + offsets).clamp(max=len(columns) - 1)  # [B, s]
             embeds = pick(inputs, slots)  # [B, s, H]
+            if number > 0 and lm.config.model_type != "llama":
+                seen = close_gaps(cache, seen)
             if number > 0:  # the first slot is latent: its input ends the row's round before
                 embeds = torch.cat([self.latent_input(last, lm), embeds[:, 1:]], 1)
-            where = torch.where(now, seen.shape[1] + columns - first, where)
+            where = torch.where(now, fed + columns - first, where)
+            fed += len(offsets)
             seen = torch.cat([seen, offsets < count], 1)
             pieces.append(lm_hidden(lm, embeds, seen, places.gather(1, slots), cache))
             last = pick(pieces[-1], (count - 1).clamp(min=0))  # [B, 1, H]
@@ -443,8 +470,7 @@ def measure(policy, outputs, batch, cfg):
     if cfg.kl_coef > 0:
         found["kl"] = (kl_estimate(outputs, batch), batch["loss_mask"])
     if cfg.max_replaced_steps:
-        table = policy.table.weight[: policy.lm.num_tokens].float()
-        size = outputs["size"] / table.square().mean().sqrt()
+        size = outputs["size"] / embedding_size(policy.table, policy.lm.num_tokens)
         if cfg.latent_rms:
             size = torch.ones_like(size)
         opened = policy.opened(batch["completion_ids"])

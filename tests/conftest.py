@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -31,6 +33,16 @@ torch.set_num_threads(1)  # the models are small: more threads only wait for eac
 gc.freeze()  # what the imports made stays: collecting after each test takes 1 ms instead of 400
 
 METHODS = ["hrpo", "lepo", "latent_grpo", "hyrea"]  # the scripts under test
+# What sets a kind of model apart: windows shorter than the rows, ALiBi, scaled or capped logits,
+# scaled embeddings. Factors are far from 1, so that leaving one out is seen.
+ODD = {"mistral": dict(sliding_window=6, num_key_value_heads=2, head_dim=8),
+       "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+                       window_size=6),
+       "mpt": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256),
+       "gemma2": dict(sliding_window=6, num_key_value_heads=2, head_dim=8,
+                      final_logit_softcapping=2.0),
+       "granite": dict(embedding_multiplier=3.0, logits_scaling=4.0, residual_multiplier=0.5),
+       "cohere": dict(logit_scale=0.25)}
 WORDS = ["<pad>", "<bos>", "<eos>", *"0123456789+-*=# abcdefgh"]
 
 
@@ -61,10 +73,17 @@ def make_lm(kind="llama", seed=0, **changes):
                                         eos_token_id=2))
     elif kind == "qwen2":
         lm = Qwen2ForCausalLM(Qwen2Config(**{**size, "num_key_value_heads": 2, **changes}))
+    elif kind in ODD:
+        ends = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        config = AutoConfig.for_model(kind, **{**size, **ends, **ODD[kind], **changes})
+        lm = AutoModelForCausalLM.from_config(config).eval()
     else:
         lm = LlamaForCausalLM(LlamaConfig(**{**size, **changes}))
     lm.num_tokens, lm.compute_dtype, lm.share_prompts = len(make_tokenizer()), torch.float32, False
     lm.eos_ids, lm.pad_id = [2], 0
+    lm.head_scale, lm.softcap = 1.0, None
+    if kind in ODD:
+        assert common.find_fault(lm) is None  # sets both
     return lm
 
 

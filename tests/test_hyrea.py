@@ -37,7 +37,7 @@ def draw_often(policy, cfg, group_size=6, greedy=False, seed=0, often=3.0):
 
 def slow_hidden(policy, batch, row):
     """States of one unpadded row [n, H], every latent by a new pass without cache."""
-    inputs = [policy.table.weight[i] for i in batch["prompt_ids"][row][batch["prompt_mask"][row]]]
+    inputs = [*policy.table(batch["prompt_ids"][row][batch["prompt_mask"][row]])]
     states = []
     for t in range(int(batch["lengths"][row])):
         embeds = torch.stack(inputs)[None]
@@ -45,7 +45,7 @@ def slow_hidden(policy, batch, row):
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]).long(),
             use_cache=False).last_hidden_state[0, -1])
         latent = batch["latent_mask"][row, t]
-        token = policy.table.weight[batch["completion_ids"][row, t]]
+        token = policy.table(batch["completion_ids"][row, t])
         inputs.append(policy.latent_input(states[-1]) if latent else token)
     return torch.stack(states)
 

@@ -79,15 +79,25 @@ def test_embedding_rows_beyond_the_tokenizer_are_never_sampled(method, tmp_path,
     assert policy(batch)["logprobs"].exp().max() <= 1
 
 
-@pytest.mark.parametrize("more", ["", "OFF"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
-def test_nan_in_the_model_ends_in_a_clear_error(method, model, tmp_path, name, more):
+def test_nan_in_the_model_is_refused_by_the_name_of_the_weight(
+        method, model, tmp_path, name, capsys):
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights[name][5] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert train(method, flags(broken, tmp_path / "run")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "NaN" in line and name in line and not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("more", ["", "OFF"])
+def test_nan_logits_in_a_run_end_in_a_clear_error(method, model, tmp_path, more, monkeypatch):
+    script = import_module(method)
+    logits_of = common.lm_logits
+    monkeypatch.setattr(script, "lm_logits", lambda lm, hidden: logits_of(lm, hidden) * torch.nan)
     with pytest.raises(FloatingPointError, match="NaN"):
-        train(method, flags(broken, tmp_path / "run", more.replace("OFF", OFF[method])))
+        train(method, flags(model, tmp_path / "run", more.replace("OFF", OFF[method])))
 
 
 def test_a_model_folder_with_pickled_weights_only_is_refused(method, model, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import METHODS
 from runs import flags, rows, train
-from test_replay import build, draw, gradients
+from test_replay import build, draw, gradients, score
 
 import common
 from common import first_of_each, micro_batches
@@ -39,6 +39,26 @@ def test_it_computes_a_prompt_once_and_changes_no_gradient(method, changes, monk
         torch.testing.assert_close(found[name], g, rtol=1e-4, atol=1e-5 * float(size))
     for name, values in sums.items():
         assert found_sums[name] == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.parametrize("limit, eos", [(1, (2,)), (14, range(40))])
+@pytest.mark.parametrize("method, changes", CASES)
+def test_completions_of_one_token_share_prompts_too(method, changes, limit, eos, monkeypatch):
+    module, policy, cfg = build(method, eos=eos, max_completion_length=limit, **changes)
+    batch = draw(module, policy, cfg, group_size=4)
+    assert batch["lengths"].max() == 1
+    plain = score(policy, batch)
+    policy.lm.share_prompts = True
+    seen = passes(monkeypatch)
+    torch.testing.assert_close(score(policy, batch), plain, rtol=0, atol=1e-6)
+    assert seen == [4]  # prompts; nothing else is fed
+
+
+def test_a_run_with_completions_of_one_token_trains(method, model, tmp_path):
+    argv = flags(model, tmp_path / "run", "--share_prompts --max_completion_length 1")
+    if method == "hyrea":
+        argv.append("--replay_latents")
+    assert isinstance(train(method, argv), dict)
 
 
 def test_prompts_that_differ_in_the_mask_or_by_a_leading_pad_id_are_told_apart():

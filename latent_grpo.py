@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from common import (
-    INSTRUCTION, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks, combine,
+    INSTRUCTION, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
+    checkpoint_settings, combine,
     completion_hidden, completion_logprobs, data_fingerprint, encode_prompts, fail, find_resume,
     frozen_copy, gather, grade, gumbel_like, largest, latest_checkpoint, left_pad, lm_hidden,
     lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows,
@@ -82,6 +83,7 @@ class Config:
     latent_top_k: int = 2  # embeddings in a mixture, K [eq. 1, code]
     latent_top_p: float = 0.95  # noise may bring in ids of this nucleus [code]
     latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
+    renormalise: bool = False  # SofT-GRPO: log-probs among the K likeliest, then noise [its code]
     noise_scale: float = 0.5  # factor of the Gumbel noise, lambda [code]
     latent_end: str = "either"  # a thought ends if the clean, perturbed or either best is [code]
     one_sided: bool = True  # shift the noise above 0 [eq. 12]
@@ -96,6 +98,7 @@ class Config:
     sft_lr: float = 2e-3  # learning rate; cosine after 5 % warm-up [code]
     sft_noise: float = 1.0  # factor of the Gumbel noise of labels, which are the inputs too [code]
     chunk: int = 2  # ids of the chain in a latent step; two of digits never share one [ours]
+    alone: str = ""  # symbols that share a latent step with no other id, as "+ - * / =" [ours]
     cot_steps: int = 0  # first updates, which learn the written chain, id by id, no noise [ours]
     sft_save_every: int = 200  # updates between checkpoints [ours]
     check_start: bool = True  # before --stage rl, measure what the start can do [ours]
@@ -103,6 +106,7 @@ class Config:
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = 0.0  # of matrices and gates, decoupled
     warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
+    schedule: str = "cosine"  # rates of RL after the warm-up: cosine, or constant as published
     max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
     lora_rank: int = 0  # 0 = full fine-tuning; alpha = 2 x rank
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
@@ -133,7 +137,8 @@ class Config:
                   "chunk")
         resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
         choices = {"stage": ("sft", "rl", "all"), "ste": ("paper", "released", "none"),
-                   "latent_end": ("clean", "perturbed", "either")}
+                   "latent_end": ("clean", "perturbed", "either"),
+                   "schedule": ("cosine", "constant")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 fail(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
@@ -150,18 +155,39 @@ class Config:
             fail("--deterministic: CUDA has no deterministic cumsum, which latent steps need")
 
 
+REAL = dict(  # what all real models share [code]; supervised stage, evaluation, memory [ours]
+    train="gsm8k", lr=1e-6, schedule="constant", warmup_steps=0, adam_beta2=0.999,
+    weight_decay=0.01, noise_scale=1.0, alone="+ - * / =", sft_steps=2000, sft_batch=256,
+    sft_lr=2e-5, cot_steps=200, sft_save_every=500, micro_batch=8, share_prompts=True,
+    eval_every=100, eval_limit=512, eval_batch=64, save_every=200)
+AS_PUBLISHED = dict(  # prompt [code]
+    instruction="Please reason step by step, and put your final answer within \\boxed{}.",
+    prompt_suffix="<think>")
+TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
 PRESETS = {
     "tiny": {},
-    "paper": dict(  # Llama-3.2-1B-Instruct [code]; prompt length, supervised stage [ours]
-        train="gsm8k", steps=10000, num_prompts=64, max_extra_rollouts=50, max_prompt_length=384,
-        max_completion_length=128, lr=1e-6, minibatches=4, kl_coef=0.0, latent_top_k=10,
-        noise_scale=1.0, sft_steps=2000, sft_batch=256, sft_lr=2e-5, cot_steps=200,
-        sft_save_every=500, weight_decay=0.01, micro_batch=8, share_prompts=True, eval_every=100,
-        eval_limit=512, eval_batch=64, save_every=200),
+    "paper": REAL | dict(  # low difficulty, for any real model [code]; prompt length [ours]
+        steps=10000, num_prompts=64, max_extra_rollouts=50, max_prompt_length=384,
+        max_completion_length=128, minibatches=4, kl_coef=0.0),
+    "soft_grpo": TWO_SIDED | dict(lr=3e-4),  # the rate that suits it [ours]
+    "soft_grpo_own": REAL | TWO_SIDED | dict(  # SofT-GRPO from any reasoning model [its code]
+        stage="rl", steps=625, num_prompts=64, max_prompt_length=1024, max_completion_length=8192,
+        top_k=5, top_p=0.95, minibatches=2, kl_coef=0.001, latent_top_k=5, latent_tau=0.1,
+        renormalise=True, latent_end="perturbed", micro_batch=2, greedy=False),
 }
-TWO_SIDED = dict(one_sided=False, mask_invalid=False, first_token_selection=False)
-PRESETS["soft_grpo"] = PRESETS["tiny"] | TWO_SIDED | dict(lr=3e-4)  # the rate that suits it [ours]
 PRESETS["soft_grpo_paper"] = PRESETS["paper"] | TWO_SIDED
+# The named ones train the start with adapters and then all weights, so they are two runs.
+PRESETS["llama-3.2-1b"] = PRESETS["paper"] | AS_PUBLISHED | dict(
+    stage="rl", max_prompt_length=192)
+PRESETS["llama-3.2-1b-sft"] = PRESETS["llama-3.2-1b"] | dict(
+    model="meta-llama/Llama-3.2-1B-Instruct", stage="sft", lora_rank=64, sft_steps=1000,
+    sft_batch=512, sft_lr=3e-4)
+PRESETS["qwen2.5-math-7b"] = REAL | AS_PUBLISHED | dict(  # K: 10 in the release, of learned labels
+    stage="rl", steps=500, max_extra_rollouts=50, max_prompt_length=1024,
+    max_completion_length=4096, kl_coef=0.001, latent_top_k=16, chunk=16, latent_end="perturbed",
+    micro_batch=1, gradient_checkpointing=True)
+PRESETS["qwen2.5-math-7b-sft"] = PRESETS["qwen2.5-math-7b"] | dict(
+    model="Qwen/Qwen2.5-Math-7B", stage="sft", lora_rank=64)
 
 
 def parse_config(argv=None):
@@ -173,6 +199,16 @@ def check_trainable(cfg):
     """`fail` on settings that only eval.py can use."""
     if cfg.floor or (cfg.latent and cfg.noise_scale == 0):
         fail("--floor, --noise_scale 0: are ways of decoding, for eval.py; they are not trained")
+    if cfg.stage == "rl":
+        start = checkpoint_settings(cfg.model)  # {} if it is none of ours
+        check_support(start.get("chunk", cfg.latent_top_k), cfg)
+
+
+def check_support(size, cfg):
+    """Warn if a thought keeps more embeddings than the labels of its start have ids, `size`."""
+    if cfg.latent and cfg.latent_top_k > size:
+        warn(f"--latent_top_k {cfg.latent_top_k}: the labels of the start have at most {size} ids; "
+             f"RL trains all it keeps, and the rest is filler: want --latent_top_k {size}")
 
 
 # === 2. the method ================================================================================
@@ -219,17 +255,22 @@ def nucleus(logprobs, top_k, top_p):
     return best.masked_fill(outside, -math.inf), ids
 
 
-def latent_step(logits, noise, top_k, top_p):
+def latent_step(logits, noise, top_k, top_p, renormalise=False):
     """The mixture of a latent step: logits [b, V], noise [b, V] -> ids, scores [b, K], best first.
 
     Scores are log-probs at temperature 1, over the full vocabulary, plus noise [eq. 13]; the K best
-    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1].
+    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1]. renormalise:
+    the K likeliest are kept, and their log-probs are those among them (SofT-GRPO).
     """
     logprobs = torch.log_softmax(logits, -1)
     if noise is None:
         scores, ids = logprobs.topk(top_k, -1)
         return ids, scores
-    candidates, candidate_ids = nucleus(logprobs, top_k, top_p)  # [b, C]
+    if renormalise:
+        kept, candidate_ids = logprobs.topk(top_k, -1)
+        candidates = kept.log_softmax(-1)
+    else:
+        candidates, candidate_ids = nucleus(logprobs, top_k, top_p)  # [b, C]
     perturbed = candidates + noise.gather(-1, candidate_ids)
     scores, places = perturbed.topk(top_k, -1)
     return candidate_ids.gather(-1, places), scores
@@ -310,6 +351,12 @@ class Policy(nn.Module):
         kept, latent_entropy = completion_logprobs(lm, hidden, batch["topk_ids"], is_latent)
         return kept, token_logprobs, token_entropy + latent_entropy
 
+    def before_noise(self, kept):
+        """Log-probs of the kept ids -> what noise was added to, to give their scores: [..., K]."""
+        if self.cfg.renormalise:
+            return kept.log_softmax(-1)
+        return kept
+
     def surrogate(self, kept, token_logprobs, batch, ste, shift=0.0):
         """latent_logprob of kept [..., K] at latent steps, token_logprobs elsewhere -> [...].
 
@@ -317,7 +364,7 @@ class Policy(nn.Module):
         """
         scale = self.cfg.noise_scale or 1.0  # 0 only decodes
         scores = batch["topk_scores"] / scale - shift
-        latents = latent_logprob(scores, kept / scale, ste)
+        latents = latent_logprob(scores, self.before_noise(kept) / scale, ste)
         return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, token_logprobs)
 
     def kl_logprobs(self, kept, token_logprobs, batch):
@@ -394,7 +441,8 @@ def think(policy, logits, sampled, t, state, cfg, rng, greedy):
     sampled [b]: the ids of the other rows. Greedy: no noise.
     """
     noise = None if greedy else draw_noise(logits, cfg, rng)
-    topk_ids, scores = latent_step(logits, noise, policy.top_k, cfg.latent_top_p)  # [b, K] each
+    topk_ids, scores = latent_step(  # [b, K] each
+        logits, noise, policy.top_k, cfg.latent_top_p, cfg.renormalise)
     shown, ends = end_of_thought(logits, topk_ids, policy.marker_ids[0], cfg.latent_end)
     ids = torch.where(state["thinks"], shown, sampled)
     thinks = state["thinks"] & ~ends
@@ -484,7 +532,7 @@ def measure(policy, outputs, batch, cfg):
     if cfg.kl_coef > 0:
         found["kl"] = (kl_estimate(outputs, batch), batch["loss_mask"])
     mask = batch["latent_mask"]
-    margins = batch["topk_scores"] - outputs["kept"]  # [B, T, K]
+    margins = batch["topk_scores"] - policy.before_noise(outputs["kept"])  # [B, T, K]
     crossed = (margins < -1e-3).float()
     weights = mixture_weights(batch["topk_scores"], cfg.latent_tau)
     found["margin"] = (margins.mean(-1), mask)
@@ -503,23 +551,27 @@ def start_config(cfg):
     """The settings of the supervised stage: its own length and rates, with --stage all a folder."""
     start = dataclasses.replace(
         cfg, stage="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, save_every=cfg.sft_save_every,
-        warmup_steps=round(0.05 * cfg.sft_steps), eval_every=cfg.sft_steps)
+        warmup_steps=round(0.05 * cfg.sft_steps), eval_every=cfg.sft_steps, schedule="cosine")
     if cfg.stage == "all":
         start.out_dir = f"{cfg.out_dir}/sft"
         start.stop_after = 0
     return start
 
 
-def chunk_labels(ids, size, is_digits):
+def chunk_labels(ids, size, is_digits, is_alone):
     """Chain of ids -> chunks of at most `size`, with at most one id of digits in each [ours].
 
-    The ids of a chunk share one latent step, which forgets their order: 18 would equal 81.
+    The ids of a chunk share one latent step, which forgets their order: 18 would equal 81. An id of
+    is_alone shares its step with no other: a model computes the result at the position of `=`.
     """
     # paper: labels of a learned encoder, top-10; fixed size 2 (GSM8K). CoLaR has chunk averages.
     chunks = [[]]
     for i in ids:
-        has_digits = any(is_digits[j] for j in chunks[-1])
-        if len(chunks[-1]) == size or (has_digits and is_digits[i]):
+        last = chunks[-1]
+        is_full = len(last) == size
+        both_digits = is_digits[i] and any(is_digits[j] for j in last)
+        meets_alone = any(is_alone[i] or is_alone[j] for j in last)
+        if is_full or both_digits or meets_alone:
             chunks.append([])
         chunks[-1].append(i)
     return chunks
@@ -534,6 +586,8 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     """
     pieces = tokenizer.batch_decode([[i] for i in range(policy.lm.num_tokens)])
     is_digits = [piece.strip().isdigit() for piece in pieces]
+    symbols = cfg.alone.split()
+    is_alone = [piece.strip() in symbols for piece in pieces]
     end = tokenizer.eos_token_id  # what a chat template ends a turn with
     if end not in policy.lm.eos_ids:
         end = policy.lm.eos_ids[0]
@@ -546,7 +600,7 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
         answer_ids = [*policy.marker_ids, *answer_ids, end]
         fits = len(chain_ids) + len(answer_ids) < cfg.max_completion_length  # also id by id
         if chain_ids and fits and policy.marker_ids[0] not in chain_ids:  # it would end the thought
-            chunks = chunk_labels(chain_ids, cfg.chunk, is_digits)
+            chunks = chunk_labels(chain_ids, cfg.chunk, is_digits, is_alone)
             kept.append({
                 **problem, "chain_ids": chain_ids, "chunks": chunks, "answer_ids": answer_ids})
     if not kept:
@@ -556,6 +610,8 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     if num_lost:
         warn(f"{num_lost} of {len(problems)} problems demonstrate nothing: no chain, or over "
              "--max_completion_length")
+    sizes = [len(chunk) for problem in kept for chunk in problem["chunks"]]
+    check_support(max(sizes), cfg)
     return kept, num_lost
 
 
@@ -922,6 +978,8 @@ def lr_factor(step, cfg):
     """Linear warm-up, then cosine to 0 at the end of the run."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.schedule == "constant":
+        return 1.0
     done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -1114,6 +1172,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
         if rank == 0:
             log_rows(out_dir, row, records)
             progress.show(row, records)
+            unpunished = cfg.latent and cfg.mask_invalid and row.get("truncated_frac", 0) > 0.5
+            progress.complain("over half are cut off, --mask_invalid punishes none", unpunished)
         if stop_agreed() or state["skipped"] == 5 or step + 1 == cfg.stop_after:
             break
         if rank == 0 and (step + 1) % cfg.save_every == 0:

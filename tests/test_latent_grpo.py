@@ -188,3 +188,35 @@ def test_a_large_vocabulary_is_only_sorted_as_far_as_the_nucleus_needs(spread):
     outside[:, :4] = False
     wanted, places = (logprobs + noise.gather(-1, order)).masked_fill(outside, -1e9).topk(4, -1)
     assert torch.equal(scores, wanted) and torch.equal(ids, order.gather(-1, places))
+
+
+def test_renormalised_scores_are_log_probs_among_the_likeliest_ids_plus_noise():
+    logits, noise = 2 * torch.randn(6, 50), torch.randn(6, 50)
+    ids, scores = script.latent_step(logits, noise, 4, 0.95, True)
+    likeliest, chosen = logits.topk(4, -1)
+    among = likeliest.softmax(-1).log() + noise.gather(-1, chosen)
+    wanted, places = among.sort(-1, descending=True)
+    assert torch.equal(ids, chosen.gather(-1, places))
+    torch.testing.assert_close(scores, wanted)
+
+
+def test_renormalised_thoughts_are_scored_as_they_were_drawn_and_know_no_other_id():
+    module, policy, cfg = build(
+        "latent_grpo", renormalise=True, one_sided=False, noise_scale=1.0, latent_tau=0.1,
+        kl_coef=0.0)
+    batch = draw(module, policy, cfg)
+    outputs = policy(batch)
+    mask = batch["latent_mask"]
+    torch.testing.assert_close(
+        outputs["logprobs"][batch["loss_mask"]], batch["rollout_logprobs"][batch["loss_mask"]],
+        rtol=0, atol=1e-4)
+    margins = (batch["topk_scores"] - policy.before_noise(outputs["kept"]))[mask]
+    assert mask.sum() > 20 and margins.min() >= -1.5 - 1e-4 and margins.max() <= 3 + 1e-4
+    found, _ = script.measure(policy, outputs, batch, cfg)["margin"]
+    torch.testing.assert_close(found[mask], margins.mean(-1))
+
+    # What the kept ids lose together, to ids that are not kept, changes nothing.
+    lower = outputs["kept"] - 5.0
+    values = [policy.surrogate(kept, outputs["logprobs"], batch, "none")
+              for kept in (outputs["kept"], lower)]
+    torch.testing.assert_close(values[0], values[1])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +49,96 @@ def built(**changes):
 def test_chunks_never_hold_two_digits_side_by_side(text, size, chunks):
     tokenizer = make_tokenizer()
     is_digits = [tokenizer.decode([i]).isdigit() for i in range(len(tokenizer))]
-    found = script.chunk_labels(tokenizer(text)["input_ids"], size, is_digits)
+    is_alone = [False] * len(tokenizer)
+    found = script.chunk_labels(tokenizer(text)["input_ids"], size, is_digits, is_alone)
     assert [tokenizer.decode(c) for c in found] == chunks
+
+
+class Pieces:
+    """A tokenizer that cuts numbers into digits and keeps other runs whole, as SmolLM2's does."""
+
+    vocabulary = ["<eos>", "</think>", "<<", ">>", *"0123456789", *"+-*/=", " =", " x", "+="]
+    eos_token_id = 0
+
+    def __call__(self, texts, add_special_tokens):
+        pattern = "|".join(map(re.escape, sorted(self.vocabulary, key=len, reverse=True)))
+        pieces = [re.findall(pattern, text) for text in texts]
+        return {"input_ids": [[self.vocabulary.index(piece) for piece in row] for row in pieces]}
+
+    def batch_decode(self, rows):
+        return ["".join(self.vocabulary[i] for i in row) for row in rows]
+
+
+def cut(text, chunk, alone, **changes):
+    """The chunks of a chain, as text."""
+    cfg = script.Config(chunk=chunk, alone=alone, max_completion_length=40, **changes)
+    lm = SimpleNamespace(num_tokens=len(Pieces.vocabulary), eos_ids=[0])
+    policy = SimpleNamespace(lm=lm, marker_ids=[1])
+    problems = [{**PROBLEM, "solution": text}]
+    kept, _ = script.read_demonstrations(problems, Pieces(), policy, cfg)
+    return Pieces().batch_decode(kept[0]["chunks"])
+
+
+@pytest.mark.parametrize("text, chunk, alone, chunks", [
+    ("<<56*9=504>>", 2, "", ["<<5", "6*", "9=", "5", "0", "4>>"]),
+    ("<<56*9=504>>", 2, "+ - * / =", ["<<5", "6", "*", "9", "=", "5", "0", "4>>"]),
+    ("<<56*9=504>>", 2, "=", ["<<5", "6*", "9", "=", "5", "0", "4>>"]),
+    ("=5 x =4", 16, "=", ["=", "5 x", " =", "4"]),  # the text without its spaces decides
+    ("x5+=4", 16, "+ =", ["5+=", "4"]),  # no single symbol
+    ("5>><<=", 16, "+", ["5>><<="])])
+def test_a_symbol_that_stands_alone_shares_its_latent_step_with_no_other_id(
+        text, chunk, alone, chunks):
+    assert cut(text, chunk, alone) == chunks
+
+
+@pytest.mark.parametrize("alone, top_k, size", [
+    ("", 2, None), ("", 3, 2), ("+ - * / = << >>", 2, 1), ("+ - * / = << >>", 1, None)])
+def test_more_embeddings_than_a_label_has_ids_warn_before_the_supervised_stage(
+        alone, top_k, size, capsys):
+    cut("<<56*9=504>>", 2, alone, latent_top_k=top_k)
+    wanted = f"at most {size} ids" if size else ""
+    assert wanted in capsys.readouterr().err and bool(wanted) == bool(size)
+
+
+@pytest.mark.parametrize("top_k, off, is_said", [
+    (2, "", False), (10, "", True), (10, "--no-latent", False)])
+def test_more_embeddings_than_the_start_learned_warn_before_rl(
+        tmp_path, capsys, top_k, off, is_said):
+    (tmp_path / "latent").mkdir()
+    (tmp_path / "latent/config.json").write_text('{"chunk": 2, "preset": "paper"}')
+    argv = ["--stage", "rl", "--model", str(tmp_path), "--latent_top_k", str(top_k), *off.split()]
+    script.check_trainable(script.parse_config(argv))
+    assert ("--latent_top_k 10: the labels" in capsys.readouterr().err) == is_said
+    script.check_trainable(script.parse_config([*argv, "--model", str(tmp_path / "other")]))
+    assert capsys.readouterr().err == ""  # nobody knows the labels of a foreign start
+
+
+@pytest.mark.parametrize("more, is_said", [("--mask_invalid", True), ("", False)])
+def test_masked_completions_without_end_warn(model, tmp_path, capsys, monkeypatch, more, is_said):
+    monkeypatch.setattr(script, "rollout", lambda policy, *args: endless(policy, *args))
+    argv = flags(model, tmp_path / "run", f"--steps 10 --eval_every 10 {more}")
+    assert isinstance(train("latent_grpo", argv), dict)
+    found = capsys.readouterr().err.count("--mask_invalid punishes none for 10 steps")
+    assert found == is_said
+
+
+draw = script.rollout
+
+
+def endless(policy, *args):
+    """A rollout that no EOS ends."""
+    ends, policy.eos_ids = policy.eos_ids, policy.eos_ids[:0]
+    batch = draw(policy, *args)
+    policy.eos_ids = ends
+    return batch
+
+
+def test_a_constant_schedule_holds_the_rate_of_rl_and_not_that_of_the_supervised_stage():
+    cfg = script.Config(steps=10, warmup_steps=2, schedule="constant")
+    factors = [script.lr_factor(step, cfg) for step in range(10)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
+    assert script.lr_factor(6, dataclasses.replace(cfg, schedule="cosine")) == pytest.approx(0.5)
+    assert script.start_config(cfg).schedule == "cosine"
 
 
 def test_a_demonstration_is_laid_out_like_a_rollout():
@@ -232,6 +322,7 @@ def test_the_supervised_model_goes_on_with_rl_and_knows_its_preset(model, tmp_pa
     ("--latent_end never", "--latent_end clean"), ("--latent_tau 0", "--latent_tau 0.0"),
     ("--latent_end clean --latent_top_k 1", "--latent_top_k 2"),
     ("--chunk 0", "--chunk 0 1"), ("--minibatches 0", "--minibatches 0 1"),
+    ("--schedule linear", "--schedule linear cosine constant"),
     ("--sft_steps 0", "--sft_steps 0 1"), ("--sft_batch 0", "--sft_batch 0 1"),
     ("--deterministic --device cuda", "--deterministic cumsum"),
     ("--floor", "--floor not trained"), ("--noise_scale 0", "--noise_scale 0 not trained")])
@@ -241,8 +332,56 @@ def test_wrong_settings_are_refused(model, tmp_path, capsys, more, words):
     assert all(word in line for word in words.split())
 
 
-@pytest.mark.parametrize("ours, baseline", [("tiny", "soft_grpo"), ("paper", "soft_grpo_paper")])
-def test_presets_of_the_baseline_differ_in_the_three_devices_and_the_rate(ours, baseline):
+@pytest.mark.parametrize("ours, baseline, rate", [
+    ("tiny", "soft_grpo", {"lr": 3e-4}), ("paper", "soft_grpo_paper", {})])
+def test_presets_of_the_baseline_differ_in_the_three_devices_and_the_rate(ours, baseline, rate):
     off = {"one_sided": False, "mask_invalid": False, "first_token_selection": False}
-    lr = script.PRESETS[baseline]["lr"]
-    assert script.PRESETS[baseline] == {**script.PRESETS[ours], **off, "lr": lr}
+    assert script.PRESETS[baseline] == {**script.PRESETS[ours], **off, **rate}
+
+
+LOW = dict(num_prompts=64, group_size=8, minibatches=4, update_epochs=1, kl_coef=0.0,
+           max_completion_length=128, lora_rank=0, latent_top_k=2, latent_end="either",
+           gradient_checkpointing=False)
+HIGH = dict(num_prompts=32, group_size=8, minibatches=1, update_epochs=1, kl_coef=0.001,
+            max_prompt_length=1024, max_completion_length=4096, lora_rank=0, latent_end="perturbed",
+            gradient_checkpointing=True, chunk=16)
+ALL = dict(lr=1e-6, warmup_steps=0, schedule="constant", adam_beta2=0.999, weight_decay=0.01,
+           clip_eps=0.2, max_grad_norm=1.0, latent_tau=1.0, noise_scale=1.0, latent_top_p=0.95,
+           max_extra_rollouts=50, one_sided=True, alone="+ - * / =")
+START = dict(stage="sft", lora_rank=64)
+SOFT = dict(num_prompts=64, group_size=8, minibatches=2, kl_coef=0.001, latent_top_k=5,
+            latent_tau=0.1, renormalise=True, one_sided=False, mask_invalid=False, greedy=False,
+            first_token_selection=False, max_extra_rollouts=0, max_completion_length=8192)
+
+
+@pytest.mark.parametrize("preset, published", [
+    ("paper", {**ALL, **LOW}), ("llama-3.2-1b", {**ALL, **LOW, "max_prompt_length": 192}),
+    ("llama-3.2-1b-sft", {**START, "sft_lr": 3e-4, "sft_batch": 512, "chunk": 2}),
+    ("qwen2.5-math-7b", {**ALL, **HIGH}),
+    ("qwen2.5-math-7b-sft", {**START, "sft_lr": 2e-5, "sft_batch": 256, "chunk": 16}),
+    ("soft_grpo_own", {**ALL, **SOFT})])
+def test_presets_are_those_of_the_papers_and_their_scripts(preset, published):
+    cfg = script.parse_config(["--preset", preset])
+    assert {name: getattr(cfg, name) for name in published} == {**published}
+
+
+def test_a_thought_keeps_as_many_embeddings_as_a_chunk_has_ids_in_every_preset():
+    for preset in script.PRESETS:
+        cfg = script.parse_config(["--preset", preset])
+        assert cfg.latent_top_k == cfg.chunk or preset == "soft_grpo_own"  # it has no labels
+
+
+def test_the_two_runs_of_a_named_preset_share_what_the_model_reads():
+    for name in ("llama-3.2-1b", "qwen2.5-math-7b"):
+        rl, sft = (script.parse_config(["--preset", name + end]) for end in ("", "-sft"))
+        changed = {key for key, value in vars(rl).items() if value != getattr(sft, key)}
+        assert changed <= {"model", "preset", "stage", "lora_rank", "out_dir", "sft_steps",
+                           "sft_batch", "sft_lr"} and rl.prompt_suffix == "<think>"
+
+
+def test_a_run_with_the_own_recipe_of_the_baseline(model, tmp_path):
+    more = "--preset soft_grpo_own --steps 2 --mask_invalid --answer_marker </think>"
+    result = train("latent_grpo", flags(model, tmp_path / "run", more))
+    first = rows(tmp_path / "run", "train")[0]
+    assert result["n"] == 8 and first["latent_steps"] > 0
+    assert first["logprob_gap"] < 1e-4 and first["crossed_frac"] > 0.05  # two-sided

@@ -297,3 +297,22 @@ def test_live_groups_and_a_stop_signal_need_no_extra_rollout(monkeypatch):
     monkeypatch.setattr(script, "stop_requested", lambda: True)
     batch, records, found, graded, *_ = filtered(monkeypatch, lambda n: 0.0)
     assert graded == records and found is batch
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("num_live", [0, 1])
+def test_peaks_are_null_if_no_group_has_an_advantage(monkeypatch, updates, num_live):
+    policy, cfg, batch = rollout(minibatches=updates, num_prompts=4, mask_invalid=False)
+    del batch["advantages"], batch["weights"]
+    cfg.kl_coef = 0.0
+    batch["rewards"] = torch.zeros(len(batch["lengths"]))
+    batch["rewards"][:num_live] = 1.0
+    records = [{"correct": 0, "format_ok": 1, "length": 3, "latent_steps": 1, "truncated": 0,
+                "reward": r} for r in batch.pop("rewards").tolist()]
+    monkeypatch.setattr(script, "rollout", lambda *args: dict(batch))
+    monkeypatch.setattr(script, "grade", lambda *args: records)
+    monkeypatch.setattr(script, "reward", lambda record: record["reward"])
+    optimizer = torch.optim.AdamW(script.param_groups(policy, cfg))
+    row, _ = script.train_step(policy, policy, None, optimizer, [{"prompt_ids": [1]}], cfg, 50)
+    for name in ("ratio_max", "logprob_gap", "grad_norm"):
+        assert (row[name] is None) == (num_live == 0), name

@@ -83,7 +83,7 @@ class Config:
     latent_top_k: int = 2  # embeddings in a mixture, K [eq. 1, code]
     latent_top_p: float = 0.95  # noise may bring in ids of this nucleus [code]
     latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
-    renormalise: bool = False  # SofT-GRPO: log-probs among the K likeliest, then noise [its code]
+    renormalise: bool = False  # SofT-GRPO: log-probs among the K likeliest, then noise [code]
     noise_scale: float = 0.5  # factor of the Gumbel noise, lambda [code]
     latent_end: str = "either"  # a thought ends if the clean, perturbed or either best is [code]
     one_sided: bool = True  # shift the noise above 0 [eq. 12]

@@ -223,3 +223,28 @@ def test_only_the_markers_rows_of_the_embeddings_learn():
         lm = make_lm(vocab_size=40 if kind == "llama" else 30)
         script.Policy(lm, make_tokenizer(), cfg)
         assert lm.get_input_embeddings().num_embeddings == max(rows * (kind == "llama"), 32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_checkpointed_layers_recompute_each_round_on_its_own_past(kind, c):
+    """The gradient is that without checkpointing, through several rounds of one cache."""
+    found = []
+    for on in (False, True):
+        make = make_lm(kind).double()
+        if on:
+            make.activation_checkpointing_enable()
+        cfg = script.Config(latents_per_step=c, max_completion_length=16,
+                            gradient_checkpointing=on)
+        policy = script.Policy(make, make_tokenizer(), cfg).double()
+        policy.start_id = policy.markers[0] = 14
+        policy.lm.eos_ids = [2, 5]
+        batch = draw_often(policy, cfg)
+        assert batch["latent_mask"].sum(1).unique().numel() > 3
+        policy.train()
+        weights = torch.randn(batch["loss_mask"].shape, generator=make_rng("cpu", 1))
+        hidden = policy.hidden(batch)
+        found.append(grads(policy, lm_logits(policy.lm, hidden), batch, weights))
+    assert found[0].keys() == found[1].keys()
+    for name, g in found[0].items():
+        torch.testing.assert_close(found[1][name], g, rtol=1e-9, atol=1e-12)

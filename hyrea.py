@@ -83,7 +83,7 @@ class Config:
     stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [alg. 1]
     max_replaced_steps: int = 3  # steps a chain may lose, S [alg. 1; value ours]; 0 = no latents
     latents_per_step: int = 1  # latents for each replaced step, c [sec. 3.1]; 8 fails [fig. 7]
-    replace: str = "entropy"  # or random [tab. 2]; all: front first [ours]; block: in one span
+    replace: str = "entropy"  # random [tab. 2]; all: from the front [ours]; block: as one span [tab. 1]
     merge_spans: bool = False  # neighbours become one span, as spans of several latents [sec. 5.1]
     max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
@@ -97,8 +97,8 @@ class Config:
     sft_steps: int = 800  # updates, over all rounds [ours]
     sft_rounds: int = 10  # each replaces one more step, up to S; 0 = S + 1 rounds [alg. 1]
     sft_growth: float = 0.0  # data a round adds, paper 0.1 [alg. 1]; 0 = the last round has all
-    sft_batch: int = 64  # demonstrations in an update, over all ranks
-    sft_lr: float = 2e-3  # learning rate, cosine after 5 % warm-up [ours]
+    sft_batch: int = 64  # demonstrations in an update, over all ranks [sec. 4.1: 32]
+    sft_lr: float = 2e-3  # learning rate [sec. 4.1: 4e-7], cosine after 5 % warm-up [ours]
     sft_save_every: int = 400  # updates between checkpoints of the cold start [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 4.1]
     label_ends: bool = False  # label <end-latent> even where it is forced [sec. 4.1; tiny: off]
@@ -399,7 +399,7 @@ class Policy(nn.Module):
 
 
 def span_limit(cfg):
-    """The most latents in a span: c, or if spans merge, those of all steps that a chain may lose."""
+    """The most latents in a span: c; of merged ones, c for each step that a chain may lose."""
     if not cfg.merge_spans:
         return cfg.latents_per_step
     *_, most_replaced = round_of(cfg.sft_steps, cfg)

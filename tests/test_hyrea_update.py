@@ -218,8 +218,8 @@ def test_rl_refuses_a_checkpoint_of_other_spans_in_one_line(model, tmp_path, cap
 def test_rl_refuses_a_start_with_other_bounds_of_merged_spans(model, tmp_path, capsys):
     more = "--max_replaced_steps 2 --latents_per_step 1 --end_latent sampled --sft_rounds 3"
     train("hyrea", flags(model, tmp_path / "one", f"{more} --merge_spans --steps 1"))
-    for flag, word in (("", "--merge_spans False"), ("--merge_spans --sft_rounds 2", "--sft_rounds"),
-                       ("--replace block", "--replace block")):
+    for flag, word in (("", "--merge_spans False"), ("--replace block", "--replace block"),
+                       ("--merge_spans --sft_rounds 2", "--sft_rounds 2")):
         capsys.readouterr()
         assert train("hyrea", flags(tmp_path / "one", tmp_path / "two", f"{more} {flag}")) == 2
         line, = capsys.readouterr().err.splitlines()

@@ -1,7 +1,8 @@
 """HyRea: a model that skips its predictable steps, thinking them in hidden states instead of text.
 
-Paper    HyRea, OpenReview poster (ICLR 2026). No code and no full text is public: [stage 1] marks
-         what its abstract and reviews say of stage 1, [stage 2] of stage 2, [ours] what we settled.
+Paper    HyRea, Zhao et al., ICLR 2026, OpenReview lebJ6wz1vj. The text is public: [sec.], [eq.],
+         [alg.], [tab.], [fig.] name its places, [ours] is what we settled. The address of the code
+         is public (zhaoyiran924/HyRea); the code could not be read for this implementation.
 Idea     A chain of thought has steps that the model can foresee (low entropy) and steps that it
          must work out. The former become <start-latent> c x <latent> <end-latent>: at a latent slot
          the input is the last hidden state, no token. When to switch is learned, by RL too.
@@ -11,9 +12,10 @@ GRPO +   1. the hidden state that decided a position is the next input          
          4. reward = accuracy + format + use of latents                         reward_parts
 Start    cold start, section 2b: the k least uncertain steps of written chains  replace_steps
          are replaced, k and the data grow by the round                         round_of
-Differs  what the authors did not publish is ours: docs/hyrea.md tells the two apart.
+Differs  who ranks the steps on tiny, one latent a span, rewards: the table in docs/hyrea.md.
 Run      python hyrea.py                            # both stages, tiny model, two CPU cores
          python hyrea.py --replace random           # the ablation: any steps, not foreseeable ones
+         python hyrea.py --replace block --end_latent sampled     # Coconut: one span for the chain
          python hyrea.py --max_replaced_steps 0     # the explicit baseline: written chains, GRPO
 """
 
@@ -78,27 +80,29 @@ class Config:
     minibatches: int = 1  # updates in a pass
     kl_coef: float = 0.0  # weight of the KL term, beta; 0 loads no reference
     # the method
-    stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [ours]
-    max_replaced_steps: int = 3  # steps a chain may lose, S; 0 = explicit, no latents [ours]
-    latents_per_step: int = 1  # latent slots in a span, c; the paper's 8 fails [fig. 7]
-    replace: str = "entropy"  # or random; all: from the first on, one more a round [stage 1]
+    stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [alg. 1]
+    max_replaced_steps: int = 3  # steps a chain may lose, S [alg. 1; value ours]; 0 = no latents
+    latents_per_step: int = 1  # latents for each replaced step, c [sec. 3.1]; 8 fails [fig. 7]
+    replace: str = "entropy"  # or random [tab. 2]; all: front first [ours]; block: one span [tab. 1]
+    merge_spans: bool = False  # neighbours become one span, as spans of several latents [sec. 5.1]
     max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = False  # scale a latent to the size of an embedding row [ours]
     replay_latents: bool = False  # stored latents, constants: gradient off by 7-49 % (tiny) [ours]
-    reward_accuracy: float = 1.0  # weight of a right answer [stage 2; ours]
-    reward_format: float = 0.2  # weight of exactly one marker and an end [stage 2; ours]
-    reward_latent: float = 0.2  # weight of using latents [stage 2; ours]
+    reward_accuracy: float = 1.0  # weight of a right answer [sec. 3.2; value ours]
+    reward_format: float = 0.2  # weight of exactly one marker and an end [sec. 3.2; value ours]
+    reward_latent: float = 0.2  # weight of using latents [sec. 3.2; value ours]
     latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
     # the cold start
     sft_steps: int = 800  # updates, over all rounds [ours]
-    sft_rounds: int = 10  # each with 1/10 more of the data, one more step replaced [stage 1]
-    sft_batch: int = 64  # demonstrations in an update, over all ranks [ours]
-    sft_lr: float = 2e-3  # learning rate, cosine after 5 % warm-up [ours]
+    sft_rounds: int = 10  # each replaces one more step, up to S; 0 = S + 1 rounds [alg. 1]
+    sft_growth: float = 0.0  # data a round adds, paper 0.1 [alg. 1]; 0 = the last round has all
+    sft_batch: int = 64  # demonstrations in an update, over all ranks [sec. 4.1: 32]
+    sft_lr: float = 2e-3  # learning rate [sec. 4.1: 4e-7], cosine after 5 % warm-up [ours]
     sft_save_every: int = 400  # updates between checkpoints of the cold start [ours]
-    marker_weight: float = 4.0  # weight of both span markers in the loss [stage 1]
-    label_ends: bool = False  # label <end-latent> even where it is forced [stage 1; tiny: off]
-    entropy_once: bool = True  # rank steps by the model after round 0, not by today's [ours]
+    marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 4.1]
+    label_ends: bool = False  # label <end-latent> even where it is forced [sec. 4.1; tiny: off]
+    entropy_once: bool = True  # rank by the model after round 0 [ours]; off: in training [alg. 1]
     # optimizer and memory
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = 0.0  # of matrices, decoupled
@@ -129,26 +133,31 @@ class Config:
     dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
-        counts = ("update_epochs", "minibatches", "sft_steps", "sft_rounds", "sft_batch",
-                  "sft_save_every")
+        counts = ("update_epochs", "minibatches", "sft_steps", "sft_batch", "sft_save_every")
         resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
-        choices = {"stage": "sft rl all", "replace": "entropy random all",
+        choices = {"stage": "sft rl all", "replace": "entropy random all block",
                    "end_latent": "forced sampled", "latent_reward": "any frac"}
         for name, values in choices.items():
             value = getattr(self, name)
             if value not in values.split():
                 fail(f"--{name} {value}: must be one of {values}")
-        if self.gradient_checkpointing and self.max_replaced_steps:  # it drops their cache
-            fail("--gradient_checkpointing: not with latents, only with --max_replaced_steps 0")
+        if self.sft_rounds == 0:
+            self.sft_rounds = self.max_replaced_steps + 1  # k = 0 .. S
+        if self.replace == "block":
+            self.merge_spans = True
+        if self.merge_spans and self.end_latent == "forced":  # after c slots, so no span is longer
+            fail("--merge_spans, --replace block: need --end_latent sampled")
 
 
 PRESETS = {
     "tiny": {},
-    "paper": dict(  # GSM8K with Qwen2.5-7B-Instruct; S for 3 to 5 switches [stage 2]; rest [ours]
-        train="gsm8k", answer_marker="####", steps=934, num_prompts=8, max_prompt_length=512,
-        max_completion_length=1024, lr=1e-6, micro_batch=8, eval_every=100, eval_limit=200,
-        eval_batch=64, save_every=250, max_replaced_steps=5, sft_steps=1000, sft_batch=32,
-        sft_lr=1e-5, sft_save_every=250, label_ends=True, entropy_once=False),
+    "paper": dict(  # Qwen2.5-7B-Instruct. Rates, batches, group, temperature, rounds [sec. 4.1,
+        # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass) and S [ours]
+        train="gsm8k", answer_marker="####", steps=58, num_prompts=128, max_prompt_length=512,
+        max_completion_length=1024, lr=1e-6, micro_batch=8, eval_every=10, eval_limit=200,
+        eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000, sft_rounds=0,
+        sft_growth=0.1, sft_batch=32, sft_lr=4e-7, sft_save_every=250, label_ends=True,
+        entropy_once=False),
 }
 
 
@@ -211,6 +220,26 @@ class HeadWithout:
         return lm_logits(self.lm, hidden).index_fill(-1, self.ids, -1e4)
 
 
+class RoundCache(DynamicCache):
+    """Keys and values of the rounds before, and in `grown` with those of one round as well.
+
+    Nothing is changed in place: checkpointed layers run a round again in backward, on its past.
+    """
+
+    def __init__(self, past=None):
+        super().__init__(past)
+        self.grown = {}  # {layer: (keys, values)}
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        """The layer's new keys and values [B, heads, s, d] -> all that it may read."""
+        if layer_idx < len(self.layers):
+            past = self.layers[layer_idx]
+            keys = torch.cat([past.keys, keys], -2)
+            values = torch.cat([past.values, values], -2)
+        self.grown.setdefault(layer_idx, (keys, values))  # of the first run, not of one in backward
+        return keys, values
+
+
 class Policy(nn.Module):
     """Language model with three more tokens. forward re-scores a rollout; DDP wraps this module."""
 
@@ -247,6 +276,10 @@ class Policy(nn.Module):
             if cfg.max_replaced_steps:
                 self.train_markers(module)
         self.ranker = []  # see sft_step; a list, so that neither DDP nor a checkpoint looks into it
+        if cfg.gradient_checkpointing and cfg.max_replaced_steps:
+            for module in lm.modules():  # transformers would take the cache away from its layers
+                module._can_checkpoint_with_cache = True
+            lm.base_model.gradient_checkpointing = False  # the layers keep their own switch
 
     def train_markers(self, module):
         """Train the rows of the markers in the embedding table or head, and no other row of it.
@@ -297,7 +330,7 @@ class Policy(nn.Module):
         exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)  # [B, S]
         places = (exists.long().cumsum(1) - 1).clamp(min=0)
         turn = F.pad(latent[:, :-1], (width, 0)).cumsum(1)  # [B, S], the round of each slot
-        cache, seen = DynamicCache() if turn.any() else None, exists[:, :0]
+        cache, seen = RoundCache() if turn.any() else None, exists[:, :0]
         # seen: which columns fed so far are slots; a single round needs no cache
         columns = torch.arange(exists.shape[1], device=exists.device)
         pieces, where, last = [], torch.zeros_like(places), None
@@ -317,6 +350,8 @@ class Policy(nn.Module):
             seen = torch.cat([seen, offsets < count], 1)
             pieces.append(lm_hidden(lm, embeds, seen, places.gather(1, slots), cache))
             last = pick(pieces[-1], (count - 1).clamp(min=0))  # [B, 1, H]
+            if cache is not None:
+                cache = RoundCache(cache.grown.values())
         return pick(torch.cat(pieces, 1), where[:, width - 1 :])
 
     def opened(self, ids):
@@ -324,12 +359,17 @@ class Policy(nn.Module):
         columns = torch.arange(ids.shape[1], device=ids.device)
         return torch.where(ids == self.start_id, columns, 0).cummax(1).values
 
+    def is_slot(self, ids):
+        """ids [B, T] -> [B, T], may <latent> stand here? Behind the last slot an end is forced."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return columns - self.opened(ids) <= span_limit(self.cfg)
+
     def score(self, hidden, batch, lm, labels=False):
         """-> log-probs [B, T] of completion_ids, entropy [B, T] of the choices; 0 elsewhere.
 
         Scored as sampled, at --temperature: a choice in the text is never <end-latent> or <latent>,
         one in a span (--end_latent sampled) is one of these two. labels: those of the cold start,
-        at temperature 1. There a forced <end-latent>, after c slots, competes with all text.
+        at temperature 1. There a forced <end-latent> competes with all text.
         """
         ids = batch["completion_ids"]
         temperature = self.cfg.temperature
@@ -337,9 +377,7 @@ class Policy(nn.Module):
         if labels:
             temperature = 1.0
             banned_in_text = self.banned[:1]  # <latent>
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        is_slot = columns - self.opened(ids) <= self.cfg.latents_per_step  # not so a forced end
-        in_span = is_slot & torch.isin(ids, self.banned)
+        in_span = self.is_slot(ids) & torch.isin(ids, self.banned)
         text_mask = batch["loss_mask"] & ~in_span
         span_mask = batch["loss_mask"] & in_span
         text_logprobs, text_entropy = completion_logprobs(
@@ -360,6 +398,14 @@ class Policy(nn.Module):
         return {"logprobs": logprobs, "entropy": entropy, "size": size}
 
 
+def span_limit(cfg):
+    """The most latents in a span: c; of merged ones, c for each step that a chain may lose."""
+    if not cfg.merge_spans:
+        return cfg.latents_per_step
+    *_, most_replaced = round_of(cfg.sft_steps, cfg)
+    return cfg.latents_per_step * max(1, most_replaced)
+
+
 def start_state(num_rows, policy, cfg):
     """What each row remembers: latent slots left in its span; 0: <end-latent> is due; -1: none."""
     return {"left": torch.full((num_rows,), -1, device=policy.lm.device)}
@@ -368,7 +414,7 @@ def start_state(num_rows, policy, cfg):
 def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """One step of the b live rows: logits [b, V] -> ids [b], next input [b, H], record, new state.
 
-    <start-latent> is sampled like any token. It opens a span: c slots <latent>, whose input is the
+    <start-latent> is sampled like any token. It opens a span: slots <latent>, whose input is the
     hidden state [b, H] that decided them, then <end-latent>. These ids are given, not sampled, so
     they are not scored; with --end_latent sampled each slot is a choice: <latent> or <end-latent>.
     """
@@ -392,7 +438,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     ids = torch.where(is_sampled, ids, due)
     left = (left - 1).clamp(min=-1)
     left = torch.where(ids == policy.end_id, -1, left)
-    left = torch.where(ids == policy.start_id, cfg.latents_per_step, left)
+    left = torch.where(ids == policy.start_id, span_limit(cfg), left)
 
     is_latent = ids == policy.latent_id
     latent_embeds = policy.latent_input(hidden).to(policy.table.weight.dtype)
@@ -436,7 +482,8 @@ def policy_loss(outputs, batch, cfg):
     likelihood of a completion is the product over its sampled tokens, given latents that follow
     from the weights: leaving latents out is exact, as long as they are recomputed with gradient.
     """
-    # paper: no KL term in the stated formula; here --kl_coef is 0 unless asked for.
+    # paper: the ratio in eq. 6 is that of whole outputs, with no KL term; here each token has its
+    # own, and --kl_coef is 0 unless asked for.
     logprobs, advantages = outputs["logprobs"], batch["advantages"]
     ratio = torch.exp(logprobs - batch.get("old_logprobs", logprobs.detach()))
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
@@ -484,17 +531,46 @@ def measure(policy, outputs, batch, cfg):
 # answer and EOS. All have labels, both span markers too, but latent slots only if ends are sampled.
 
 
+# What an equation is made of. Possessive (`++`): no run of terms is tried in several ways.
+BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+ATOM = (r"(?:[$€£]?(?:\d+(?:[.,]\d+)*|\.\d+)[%!]?"  # 3, 1,000, .5, $2.50, 20%
+        r"|\((?:[^()\n]|\([^()\n]*\))*\)|<<[^<>\n]*>>"  # (2 + 3), and GSM8K's <<2+3=5>>
+        rf"|\\[A-Za-z]+|{BRACES}"  # \frac{1}{2}
+        r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[A-Za-z]\w*(?=[ \t]*=))")  # x, and total in total = 5
+UNIT = r"(?:[ ][A-Za-z]+(?=[ \t]*[-+*/=.,;\n]|$))?"  # apples in 3 apples + 4
+OPERATOR = r"(?:[-+*/^_×÷·−]|\\(?:times|cdot|div|pm)|x(?=[ ]))"
+SIDE = rf"[-+−]?{ATOM}++{UNIT}(?:[ \t]*{OPERATOR}[ \t]*[-+−]?{ATOM}++{UNIT})*+"
+MATHS = re.compile(
+    r"[ \t]*(?:\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|\\begin\{(\w+\*?)\}.*?\\end\{\1\}"
+    r"|\$(?=\S)[^$\n]*?=[^$\n]*(?<=\S)\$(?!\d)"  # a $ before a digit is money
+    rf"|(?<![\w.]){SIDE}(?:[ \t]*&?=[ \t]*{SIDE})++)[.,;:!?)]*(?:\s*\n)?", re.S)
+ROW = re.compile(r"(?<=\\\\)(?=(?:(?!\\\\).)*=)", re.S)  # before a row of align with `=`
+SENTENCE = re.compile(
+    r"(?:\b(?:e\.g|i\.e|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|approx|(?:No|Nr|Fig|Eq|Sec)(?=\.\s*\d))\."
+    r"|.)*?(?:\.?\s*\n|\.(?=\s|$)|$)", re.S)
+
+
 def split_steps(text):
-    """A written chain -> its steps; joined they are the text again.
+    """A written chain -> its steps; joined they are the text again [sec. 4.1].
 
     Cut after a newline, and after a full stop before white space or the end, so never inside 3.14.
-    A numeral (`2.`) and pieces below 6 characters join the next piece, the last the one before.
+    An equation, with the punctuation behind it, is a step of its own: a run of terms around one `=`
+    or a chain of them, LaTeX in dollars or brackets, a row of align. A numeral (`2.`) and pieces
+    below 6 characters join the next piece, the last the one before.
     """
+    pieces = []  # (text, is it an equation?)
+    end = 0
+    for match in MATHS.finditer(text):
+        if "=" in match[0]:
+            pieces += [(piece, False) for piece in SENTENCE.findall(text[end : match.start()])]
+            pieces += [(row, True) for row in ROW.split(match[0])]
+            end = match.end()
+    pieces += [(piece, False) for piece in SENTENCE.findall(text[end:])]
     steps, held = [], ""  # held: what waits for the next piece
-    for piece in re.findall(r".*?(?:\.?\s*\n|\.(?=\s|$)|$)", text, re.S):
+    for piece, is_equation in pieces:
         held += piece
         is_numeral = re.fullmatch(r"\W*\d+\W*", held)
-        if len(held.strip()) >= 6 and not is_numeral:
+        if is_equation or (len(held.strip()) >= 6 and not is_numeral):
             steps.append(held)
             held = ""
     if held and steps:
@@ -526,7 +602,7 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
             answer = "\n" + answer
         *steps_ids, answer_ids = tokenizer([*steps, answer], add_special_tokens=False)["input_ids"]
         answer_ids = [*answer_ids, eos_id]
-        # It is longest when spans replace its shortest steps.
+        # It is longest when spans, none of them merged, replace its shortest steps.
         growth = sorted(max(0, span_length - len(ids)) for ids in steps_ids)[::-1]
         length = sum(map(len, steps_ids)) + len(answer_ids) + sum(growth[:most_replaced])
         fault = ""
@@ -604,7 +680,7 @@ def replace_steps(steps, entropies, k, mode, rng=None):
     """The steps with k of them (or all there are) replaced by None.
 
     entropy: those of the lowest mean entropy, the first of equals; random: in an order drawn from
-    rng; all: from the first on, whatever their entropy, as Coconut's curriculum goes.
+    rng; all, block: from the first on, whatever their entropy, as Coconut's curriculum goes.
     """
     order = list(range(len(steps)))
     if mode == "entropy":
@@ -618,7 +694,7 @@ def sft_examples(chosen, policy, k, cfg):
     """Demonstrations -> batch, with up to k steps of each chain replaced by spans."""
     entropies = [[0.0] * len(problem["steps_ids"]) for problem in chosen]
     if k and cfg.replace == "entropy":
-        # paper: ranked by the model in training; here by policy.ranker, if there is one.
+        # paper: the model in training ranks (Alg. 1, line 4); here policy.ranker, if there is one.
         ranker = policy.ranker[0] if policy.ranker else policy.lm
         entropies = chain_entropies(ranker, chosen, policy.markers)
     bound = cfg.max_entropy or math.inf
@@ -631,14 +707,19 @@ def sft_examples(chosen, policy, k, cfg):
         steps = replace_steps(problem["steps_ids"], values, min(k, num_low), cfg.replace, rng)
         row = []
         for step in steps:
-            row += span if step is None else step
+            if step is None and cfg.merge_spans and row[-1:] == [policy.end_id]:
+                row[-1:] = [*latents, policy.end_id]  # the span before grows
+            else:
+                row += span if step is None else step
         rows.append(row + problem["answer_ids"])
     prompts = [problem["prompt_ids"] for problem in chosen]
     batch = lay_out(rows, prompts, policy.lm, policy.latent_id)
-    if cfg.end_latent == "sampled":  # going on is a choice, to be learned: all c slots are used
+    if cfg.end_latent == "sampled":  # going on is a choice, to be learned
         batch["loss_mask"] = batch["completion_mask"]
     if not cfg.label_ends:  # a state that must name the end is a poorer thought: docs/hyrea.md
-        batch["loss_mask"] = batch["loss_mask"] & (batch["completion_ids"] != policy.end_id)
+        ids = batch["completion_ids"]
+        is_forced = (ids == policy.end_id) & ~policy.is_slot(ids)
+        batch["loss_mask"] = batch["loss_mask"] & ~is_forced
     return batch
 
 
@@ -652,14 +733,16 @@ def label_weights(batch, policy, marker_weight):
 def round_of(step, cfg):
     """Curriculum -> round of a step, first step of that round, share of the data, replaced steps.
 
-    The replaced steps grow by one a round, up to S (--replace all: without end), the data by equal
-    shares.
+    The replaced steps grow by one a round, up to S (--replace all and block: without end), the data
+    by equal shares, or by --sft_growth [alg. 1, line 9].
     """
     number = min(step * cfg.sft_rounds // cfg.sft_steps, cfg.sft_rounds - 1)
     first = math.ceil(number * cfg.sft_steps / cfg.sft_rounds)
     share = (number + 1) / cfg.sft_rounds
+    if cfg.sft_growth:
+        share = min(1.0, (number + 1) * cfg.sft_growth)
     replaced = min(number, cfg.max_replaced_steps)
-    if cfg.replace == "all" and cfg.max_replaced_steps:
+    if cfg.replace in ("all", "block") and cfg.max_replaced_steps:
         replaced = number
     return number, first, share, replaced
 
@@ -694,7 +777,10 @@ def start_config(cfg):
 def check_spans(cfg):
     """`fail` if RL would write other spans than those that its start has taught the model."""
     start = checkpoint_settings(cfg.model)
-    for name in ("latents_per_step", "max_replaced_steps", "latent_rms"):
+    names = ["latents_per_step", "max_replaced_steps", "latent_rms", "merge_spans"]
+    if cfg.merge_spans:
+        names += ["replace", "sft_rounds"]  # they bound a span
+    for name in names:
         value = getattr(cfg, name)
         if start.get(name, value) != value:
             fail(f"--{name} {value}: {cfg.model} was trained with {start[name]}; use that")
@@ -823,7 +909,7 @@ def latent_reward(record, cfg):
 
 
 def reward_parts(record, cfg):
-    """What a completion earns by a right answer; one marker and an EOS; use of latents [stage 2].
+    """What a completion earns by a right answer; one marker and an EOS; use of latents [sec. 3.2].
 
     By the default weights a right answer without latents beats a wrong one with them.
     """

@@ -7,6 +7,7 @@ from runs import OFF, flags, rows, train
 from test_replay import build, draw, gradients
 
 CASES = [(name, {}) for name in METHODS if name != "hyrea"] + [("hyrea", {"max_replaced_steps": 0})]
+CASES.append(("hyrea", {"gradient_checkpointing": True, "latents_per_step": 2}))
 
 
 def saved(policy, batch):
@@ -53,7 +54,13 @@ def test_a_run_with_it_is_the_run_without(method, model, tmp_path, more):
             assert new[name] == pytest.approx(old[name], rel=1e-4), name
 
 
-def test_hyrea_refuses_it_together_with_latents(model, tmp_path, capsys):
-    argv = flags(model, tmp_path / "run", "--gradient_checkpointing")
-    assert train("hyrea", argv) == 2 and not (tmp_path / "run").exists()
-    assert "--max_replaced_steps 0" in capsys.readouterr().err
+@pytest.mark.parametrize("more", ["", "--lora_rank 2", "--stage all --sft_steps 4 --sft_batch 4"])
+def test_a_run_with_latents_with_it_is_the_run_without(model, tmp_path, more):
+    results, argv = {}, f"{more} --latents_per_step 1 --train arithmetic-restated:2 " \
+        "--sft_rounds 2 --max_completion_length 28"
+    for name, extra in (("off", ""), ("on", "--gradient_checkpointing")):
+        assert isinstance(train("hyrea", flags(model, tmp_path / name, f"{argv} {extra}")), dict)
+        results[name] = rows(tmp_path / name, "train")
+    for old, new in zip(results["off"], results["on"], strict=True):
+        for name in ("reward", "length", "grad_norm", "entropy"):
+            assert new[name] == pytest.approx(old[name], rel=1e-4), name

@@ -154,6 +154,35 @@ def test_a_latent_reads_the_hidden_state_that_decided_its_position(monkeypatch):
     assert torch.equal(batch["fed"][tokens], policy.table(batch["completion_ids"])[tokens])
 
 
+@pytest.mark.parametrize("c, S", [(1, 3), (2, 2), (3, 1)])
+def test_a_merged_span_holds_up_to_c_latents_for_each_step_and_is_scored_as_sampled(c, S):
+    policy, cfg = built(c, end_latent="sampled", merge_spans=True, max_replaced_steps=S,
+                        max_completion_length=24, temperature=0.7)
+    assert script.span_limit(cfg) == c * S
+    batch = draw_often(policy, cfg, 12, often=1.0)
+    sizes, mask = set(), batch["loss_mask"]
+    ids, E, L = batch["completion_ids"], policy.end_id, policy.latent_id
+    for row, n in enumerate(batch["lengths"].tolist()):
+        size = -1  # latents of the open span
+        for t, i in enumerate(ids[row, :n].tolist()):
+            assert (i in (E, L)) == (size >= 0)
+            if size >= 0:
+                assert mask[row, t] == (size < c * S)  # at the limit the end is forced
+                sizes.add((size, i == E))
+            size = {policy.start_id: 0, E: -1, L: size + 1}.get(i, -1)
+    assert {(c * S, True), (0, True), (c * S - 1, False)} <= sizes and (c * S, False) not in sizes
+    with torch.no_grad():
+        logits = lm_logits(policy.lm, policy.hidden(batch)) / 0.7
+        in_span = mask & ((ids == E) | (ids == L))
+        total = logits[..., [E, L]].logsumexp(-1)
+        exact = logits.gather(-1, ids[..., None])[..., 0] - total
+    torch.testing.assert_close(score(policy, batch)[in_span], exact[in_span], rtol=0, atol=1e-5)
+    own = draw(script, policy, cfg, PROMPTS, 12)
+    mask = own["loss_mask"]
+    torch.testing.assert_close(
+        score(policy, own)[mask], own["rollout_logprobs"][mask].float(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("end", ["forced", "sampled"])
 def test_what_was_sampled_is_scored_as_it_was_sampled(end):
     policy, cfg = built(3, end_latent=end, temperature=0.7)
@@ -223,3 +252,28 @@ def test_only_the_markers_rows_of_the_embeddings_learn():
         lm = make_lm(vocab_size=40 if kind == "llama" else 30)
         script.Policy(lm, make_tokenizer(), cfg)
         assert lm.get_input_embeddings().num_embeddings == max(rows * (kind == "llama"), 32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_checkpointed_layers_recompute_each_round_on_its_own_past(kind, c):
+    """The gradient is that without checkpointing, through several rounds of one cache."""
+    found = []
+    for on in (False, True):
+        make = make_lm(kind).double()
+        if on:
+            make.activation_checkpointing_enable()
+        cfg = script.Config(latents_per_step=c, max_completion_length=16,
+                            gradient_checkpointing=on)
+        policy = script.Policy(make, make_tokenizer(), cfg).double()
+        policy.start_id = policy.markers[0] = 14
+        policy.lm.eos_ids = [2, 5]
+        batch = draw_often(policy, cfg)
+        assert batch["latent_mask"].sum(1).unique().numel() > 3
+        policy.train()
+        weights = torch.randn(batch["loss_mask"].shape, generator=make_rng("cpu", 1))
+        hidden = policy.hidden(batch)
+        found.append(grads(policy, lm_logits(policy.lm, hidden), batch, weights))
+    assert found[0].keys() == found[1].keys()
+    for name, g in found[0].items():
+        torch.testing.assert_close(found[1][name], g, rtol=1e-9, atol=1e-12)

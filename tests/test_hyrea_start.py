@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 
 import pytest
 import torch
@@ -36,18 +37,54 @@ def learn(policy, cfg, problems, optimizer):
 
 @pytest.mark.parametrize("text, steps", [
     ("Pi is 3.14. So what.\nThen 2", ["Pi is 3.14.", " So what.\n", "Then 2"]),
-    ("a = .5, b\n\n1. First. e.g. x = y", ["a = .5, b\n\n", "1. First.", " e.g. x = y"]),
+    ("a = .5, b\n\n1. First. e.g. x = y", ["a = .5,", " b\n\n1. First.", " e.g. x = y"]),
     ("12345.\nSo. it is. Ok.", ["12345.\nSo.", " it is. Ok."]),
     ("", []), ("no.", ["no."]), ("+8=3+8", ["+8=3+8"])])
 def test_steps_end_at_newlines_and_full_stops_but_not_in_decimals(text, steps):
     assert script.split_steps(text) == steps
 
 
-def test_steps_joined_are_the_text():
+@pytest.mark.parametrize("text, steps", [
+    ("He buys 4, so 3 + 4 = 7. Then he leaves.", ["He buys 4, so", " 3 + 4 = 7.",
+                                                  " Then he leaves."]),
+    ("48/2 = <<48/2=24>>24 clips in May", ["48/2 = <<48/2=24>>24", " clips in May"]),
+    ("3 apples + 4 apples = 7 apples.", ["3 apples + 4 apples = 7 apples."]),
+    ("We get a = b = 2.5. Also x=1, y=2.", ["We get", " a = b = 2.5.", " Also x=1,", " y=2."]),
+    ("It is $5 + $3 = $8. He pays $10.", ["It is $5 + $3 = $8.", " He pays $10."]),
+    ("Let $x$ be 3.1. Then $x + 1. = 4.1$ holds.", ["Let $x$ be 3.1.", " Then $x + 1. = 4.1$",
+                                                   " holds."]),
+    (r"So \[ x^2 = 9. \] That is \(y = 2\).", [r"So \[ x^2 = 9. \]", r" That is", r" \(y = 2\)."]),
+    ("\\begin{align*}\na &= b \\\\\n&= c \\\\\n d &= e\n\\end{align*}\nSo it is.",
+     ["\\begin{align*}\na &= b \\\\", "\n&= c \\\\", "\n d &= e\n\\end{align*}\n", "So it is."]),
+    (r"Thus y=\frac{1}{2} \cdot 3. Done now", [r"Thus y=\frac{1}{2} \cdot 3.", " Done now"]),
+    ("if x >= 3 holds", ["if x >= 3 holds"])])
+def test_an_equation_is_a_step_of_its_own(text, steps):
+    assert script.split_steps(text) == steps
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("Ask Dr. Lee, i.e. him. See No. 5 there.", ["Ask Dr. Lee, i.e. him.", " See No. 5 there."]),
+    ("It is so. No. Then we go", ["It is so.", " No. Then we go"])])
+def test_abbreviations_end_no_step(text, steps):
+    assert script.split_steps(text) == steps
+
+
+@pytest.mark.parametrize("alphabet", [
+    list("a1. \n.\t"), [*"ax1.,=+ \n$({})&", "\\\\", "\\[", "\\]", "\\(", "\\)", "\\frac", "Dr.",
+                        "\\begin{align}", "\\end{align}", "<<", ">>"]])
+def test_steps_joined_are_the_text(alphabet):
     rng = random.Random(0)
     for _ in range(500):
-        text = "".join(rng.choice("a1. \n.\t") for _ in range(rng.randint(0, 30)))
-        assert "".join(script.split_steps(text)) == text
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 30)))
+        steps = script.split_steps(text)
+        assert "".join(steps) == text and "" not in steps
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "(" * 2000, "\\[" * 1000, "a " * 3000, "$a" * 2000])
+def test_a_long_text_without_an_equation_is_split_at_once(text):
+    started = time.time()
+    assert script.split_steps(text) == [text]
+    assert time.time() - started < 1
 
 
 def test_entropy_of_a_step_is_that_of_the_distributions_that_predict_its_tokens():
@@ -151,10 +188,83 @@ def test_curriculum_adds_a_tenth_of_the_data_and_a_step_a_round():
     for cfg.sft_steps in (11, 95, 300):  # no step count leaves rounds out or makes one long
         found = [script.round_of(step, cfg)[0] for step in range(cfg.sft_steps)]
         assert {found.count(n) for n in range(10)} <= {cfg.sft_steps // 10, cfg.sft_steps // 10 + 1}
-    cfg.replace = "all"
-    assert script.round_of(cfg.sft_steps - 1, cfg)[3] == 9
+    for cfg.replace in ("all", "block"):
+        assert script.round_of(cfg.sft_steps - 1, cfg)[3] == 9
     cfg.max_replaced_steps = 0
     assert script.round_of(cfg.sft_steps, cfg)[3] == 0
+
+
+def test_the_preset_goes_through_s_plus_1_rounds_and_adds_a_tenth_of_the_data_in_each():
+    cfg = script.parse_config(["--preset", "paper", "--model", "tiny"])
+    assert (cfg.max_replaced_steps, cfg.sft_rounds) == (5, 6)
+    seen = sorted({script.round_of(step, cfg) for step in range(cfg.sft_steps)})
+    assert [k for *_, k in seen] == [0, 1, 2, 3, 4, 5]
+    assert [share for _, _, share, _ in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    more = script.parse_config(["--preset", "paper", "--model", "tiny", "--sft_rounds", "12"])
+    assert script.round_of(cfg.sft_steps, more)[2:] == (1.0, 5)  # never more than all
+    assert script.Config(sft_rounds=0, max_replaced_steps=0).sft_rounds == 1
+
+
+def test_the_preset_has_the_numbers_of_section_4_1():
+    cfg = script.parse_config(["--preset", "paper", "--model", "tiny"])
+    assert (cfg.sft_lr, cfg.sft_batch, cfg.lr) == (4e-7, 32, 1e-6)
+    assert (cfg.num_prompts, cfg.group_size, cfg.temperature) == (128, 8, 1.0)
+    assert (cfg.update_epochs, cfg.minibatches, cfg.marker_weight) == (1, 1, 4.0)
+    assert not cfg.entropy_once
+
+
+@pytest.mark.parametrize("c", [0, 1, 2])
+def test_neighbouring_replaced_steps_become_one_span(c):
+    more = dict(latents_per_step=c, end_latent="sampled", max_replaced_steps=4)
+    S, E, L = 29, 30, 31
+    for replace, k in (("all", 3), ("block", 3), ("block", 4), ("random", 2)):
+        policy, cfg, _, problems = built(replace=replace, merge_spans=True, **more)
+        plain, apart, _, _ = built(replace=replace.replace("block", "all"), **more)
+        ids, old = (script.sft_examples(problems, p, k, x)["completion_ids"].flatten().tolist()
+                    for p, x in ((policy, cfg), (plain, apart)))
+        assert (policy.start_id, policy.end_id, policy.latent_id) == (S, E, L)
+        text = [i for i in ids if i not in (0, S, E, L)]
+        assert text == [i for i in old if i not in (0, S, E, L)]
+        assert ids.count(L) == old.count(L) == len(problems) * k * c
+        assert not any(a == E and b == S for a, b in zip(ids, ids[1:]))
+        if replace != "random":  # one span, c latents for each step of it
+            assert ids.count(S) == ids.count(E) == len(problems)
+            assert all(ids[t + 1 : t + 2 + k * c] == [L] * (k * c) + [E]
+                       for t, i in enumerate(ids) if i == S)
+
+
+def test_block_replaces_a_whole_chain_by_a_single_span_in_the_last_round():
+    """Coconut, as the paper compares with it: one switch, c latents for each step."""
+    policy, cfg, _, problems = built(
+        replace="block", end_latent="sampled", latents_per_step=2, sft_rounds=9)
+    *_, k = script.round_of(cfg.sft_steps, cfg)
+    batch = script.sft_examples(problems, policy, k, cfg)
+    S, E, L = policy.start_id, policy.end_id, policy.latent_id
+    for ids, n, problem in zip(batch["completion_ids"].tolist(), batch["lengths"], problems):
+        size = 2 * len(problem["steps_ids"])
+        assert ids[:n] == [S, *[L] * size, E, *problem["answer_ids"]]
+    assert script.span_limit(cfg) == 16  # 2 x 8, the steps of the last round
+
+
+def test_the_end_of_a_span_below_the_limit_is_a_choice_and_has_a_label():
+    policy, cfg, _, problems = built(
+        replace="all", end_latent="sampled", merge_spans=True, max_replaced_steps=4,
+        sft_rounds=5, latents_per_step=1)
+    assert script.span_limit(cfg) == 4
+    for k, labelled in ((3, True), (4, False)):  # 4 latents: the end is forced
+        batch = script.sft_examples(problems, policy, k, cfg)
+        at_end = batch["completion_ids"] == policy.end_id
+        assert at_end.sum() == len(problems)
+        assert batch["loss_mask"][at_end].all() == labelled == batch["loss_mask"][at_end].any()
+        assert batch["loss_mask"][batch["latent_mask"]].all()
+        with torch.no_grad():  # ends and latents compete with each other only
+            logits = common.lm_logits(policy.lm, policy.hidden(batch))
+            wanted = logits[..., [policy.latent_id, policy.end_id]].log_softmax(-1)
+            found = policy(batch, labels=True)["logprobs"]
+        torch.testing.assert_close(
+            found[batch["latent_mask"]], wanted[..., 0][batch["latent_mask"]])
+        if labelled:
+            torch.testing.assert_close(found[at_end], wanted[..., 1][at_end])
 
 
 def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(capsys):

@@ -215,6 +215,18 @@ def test_rl_refuses_a_checkpoint_of_other_spans_in_one_line(model, tmp_path, cap
     assert not (tmp_path / "two").exists()
 
 
+def test_rl_refuses_a_start_with_other_bounds_of_merged_spans(model, tmp_path, capsys):
+    more = "--max_replaced_steps 2 --latents_per_step 1 --end_latent sampled --sft_rounds 3"
+    train("hyrea", flags(model, tmp_path / "one", f"{more} --merge_spans --steps 1"))
+    for flag, word in (("", "--merge_spans False"), ("--replace block", "--replace block"),
+                       ("--merge_spans --sft_rounds 2", "--sft_rounds 2")):
+        capsys.readouterr()
+        assert train("hyrea", flags(tmp_path / "one", tmp_path / "two", f"{more} {flag}")) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert word in line
+    assert not (tmp_path / "two").exists()
+
+
 def test_markers_learn_in_float32_and_have_a_reference_beside_adapters(
         model, tmp_path, monkeypatch):
     references, make = [], script.reference_logprobs
@@ -233,7 +245,9 @@ def test_markers_learn_in_float32_and_have_a_reference_beside_adapters(
     ("--stage both", "--stage both sft rl all"), ("--replace some", "--replace some entropy"),
     ("--end_latent never", "--end_latent never forced sampled"),
     ("--latent_reward much", "--latent_reward much any frac"),
-    ("--latents_per_step -1", "--latents_per_step -1: at least 0")])
+    ("--latents_per_step -1", "--latents_per_step -1: at least 0"),
+    ("--merge_spans", "--merge_spans --end_latent sampled"),
+    ("--replace block", "--replace block --end_latent sampled")])
 def test_wrong_settings_are_refused_and_long_spans_warned_of(
         model, tmp_path, capsys, more, words):
     assert train("hyrea", flags(model, tmp_path / "run", more)) == 2

@@ -93,7 +93,7 @@ def test_every_config_field_is_documented_and_every_method_field_has_a_source(na
     fields = re.findall(r"^    (\w+): \w+ = ", method, re.M)
     assert len(fields) > 4
     for field in fields:
-        tag = re.search(r"\[(eq|tab|sec|stage|fig|code|ours)", notes[field])
+        tag = re.search(r"\[(eq|tab|sec|stage|fig|alg|code|ours)", notes[field])
         assert tag, f"{field}: no source tag"
 
 

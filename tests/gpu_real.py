@@ -4,7 +4,6 @@ All methods train at the same time from the same start, and make equally many up
 the slowest of them can. To add a method, or a start for it, add a line below.
 """
 
-import gzip
 import json
 import os
 import signal
@@ -57,7 +56,7 @@ def train_rows(out):
 
 def end(facts, jobs, until):
     """Wait for {name: (process, log)}; a stop signal at the time `until`, so that they save."""
-    for name, (job, log) in jobs.items():
+    for name, (job, _) in jobs.items():
         try:
             job.wait(max(0, until - time.time()))
         except subprocess.TimeoutExpired:
@@ -108,9 +107,7 @@ def find_data(place, args):
         folder.mkdir()
         for name in ("train", "one", "two"):
             rows = arithmetic_problems("arithmetic:2", "train" if name == "train" else "test", 40)
-            lines = [json.dumps({k: row[k] for k in ("question", "answer", "steps")}) for row in rows]
-            with gzip.open(folder / f"{name}.jsonl.gz", "wt") as f:
-                f.write("\n".join(lines))
+            gpu_pack.pack_rows(rows, folder / f"{name}.jsonl.gz")
     files = sorted(folder.glob("*.jsonl.gz"))
     train = folder / "train.jsonl.gz"
     if train not in files or len(files) < 2:
@@ -133,18 +130,17 @@ def real(facts, device, place, deadline, args):
     outs = {name: place / name for name, *_ in [*STARTS, *METHODS]}
     given = ["--device", device, "--train", train, "--eval_data", tests[0]]
 
-    def jobs_of(stage, rows):
-        small = SMALL[stage].split() if args.small else []
-        return {name: (launch(script, [*ALL.split(), *flags.split(), *small, *given, "--model", start,
-                                       "--out_dir", outs[name]], place / f"{name}.log"),
-                       place / f"{name}.log") for name, start, script, flags in rows}
+    def job_of(name, start, script, flags, stage):
+        log = place / f"{name}.log"
+        words = f"{ALL} {flags} {SMALL[stage] if args.small else ''}".split()
+        return launch(script, [*words, *given, "--model", start, "--out_dir", outs[name]], log), log
 
-    jobs = jobs_of("start", [(name, model, script, flags) for name, script, flags in STARTS])
+    jobs = {name: job_of(name, model, script, flags, "start") for name, script, flags in STARTS}
     end(facts, jobs, until["start"])
     facts.tell("starts", seconds=time.time() - begin, updates={
         name: (train_rows(outs[name]) or [{}])[-1].get("step") for name in jobs})
-    methods = [(name, outs[start], script, f"{RL} {flags}") for name, start, script, flags in METHODS]
-    jobs = jobs_of("rl", methods)
+    jobs = {name: job_of(name, outs[start], script, f"{RL} {flags}", "rl")
+            for name, start, script, flags in METHODS}
     train_equally(jobs, outs, until["rl"])
     end(facts, jobs, until["rl"])
     for name in jobs:

@@ -73,8 +73,8 @@ def replay(facts, device, model, kind, method, dtype):
         alone = policy(select_rows(batch, [row]))["logprobs"][0]
         apart = max(apart, (alone - whole[row, :length]).abs().max().item())
     ended, latent = int(batch["finished"].sum()), int(batch["latent_mask"].sum())
-    lengths = len(batch["lengths"].unique())
-    told = {"ok": gap <= LIMIT and apart <= LIMIT and lengths > 2 and latent > 0 or method == "grpo"}
+    covered = len(batch["lengths"].unique()) > 2 and (latent > 0 or method == "grpo")
+    told = {"ok": covered and max(gap, apart) <= LIMIT}
     facts.tell("replay", method=method, model=kind, dtype=str(dtype).removeprefix("torch."),
                largest_gap=gap, row_alone=apart, rows=len(mask), rows_ended_early=ended,
                latent_positions=latent, **(told if dtype == torch.float32 else {}))

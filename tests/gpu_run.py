@@ -33,8 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LIMITS = {"right": 90, "decode": 90, "update": 60, "real": 240}  # seconds of a run of 8 minutes
 MODULES = {"right": "gpu_right", "decode": "gpu_speed", "update": "gpu_speed", "real": "gpu_real"}
 PARTS = ["machine", *LIMITS]
-NOTHING = """Nothing yet: no GPU was at hand. These commands find out, in 8 minutes on one GPU, whether
-everything is right there, the speed of rollouts and updates, and what a pretrained model learns:
+NOTHING = """Nothing yet: no GPU was at hand. These commands find out, in 8 minutes on one GPU,
+whether everything is right there, how fast rollouts and updates are, and what a pretrained model
+learns:
 
 ```bash
 python tests/convert_smollm2.py SMOLLM2

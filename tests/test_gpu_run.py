@@ -51,8 +51,9 @@ def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_one_starts(tmp_path
 def test_what_a_part_started_ends_with_it(tmp_path):
     sign = tmp_path / "sign"
     child = f"import time\nwhile True: open({str(sign)!r}, 'a').write('.'); time.sleep(0.02)"
-    parent = (f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
-              f"\nwhile not os.path.exists({str(sign)!r}): time.sleep(0.01)")
+    parent = (f"import os, subprocess, sys, time\n"
+              f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+              f"while not os.path.exists({str(sign)!r}): time.sleep(0.01)")
     gpu_run.run_part("real", python(parent), 60, tmp_path)
     size = sign.stat().st_size
     time.sleep(0.3)

@@ -1,0 +1,181 @@
+"""Pack a pretrained model and some data into a small folder, for a machine without a network.
+
+python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --tests c.jsonl.gz
+
+FOLDER: a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
+few levels and compressed: 135M parameters take 53 MB. The rounding follows GPTQ (arXiv 2210.17323):
+column by column, where the columns that follow make up for the error, as far as the inputs that
+the training problems give are correlated. `unpack` writes a transformers folder again.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import encode_prompts, load_model, load_problems
+
+STEPS = [  # distance of two levels as a share of a row's root mean square, by name
+    (r"[qk]_proj", 0.36), (r"[vo]_proj", 0.6), (r"", 0.34)]
+USED, RARE = 0.2, 1.0  # the same for embeddings: of tokens in the data, and of all others
+TEXTS, GROUPS = 160, 4  # texts that give the inputs; the layers are rounded in so many groups
+ROWS = 200  # of each test set
+
+
+def is_pack(folder):
+    return Path(folder, "model.npz").is_file()
+
+
+def sample_texts(tokenizer, problems):
+    """Ids of prompts with their solutions: what the model will read."""
+    problems = encode_prompts(tokenizer, problems, "####", 512)
+    texts = [" ".join([p["solution"] or "", *(p["steps"] or []), "####", p["answer"]])
+             for p in problems]
+    return [p["prompt_ids"] + tokenizer(text)["input_ids"] for p, text in zip(problems, texts)]
+
+
+@torch.no_grad()
+def input_products(lm, linears, texts):
+    """X^T X [in, in] of the inputs X of each of the linear layers, over all positions."""
+    products = dict.fromkeys(linears, 0)
+
+    def add(linear, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        products[linear] = products[linear] + x.T @ x
+
+    handles = [linear.register_forward_pre_hook(add) for linear in linears]
+    for ids in texts:
+        lm.base_model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return products
+
+
+def quantise(weight, step, product=None):
+    """Weight [out, in] -> levels [out, in] int8, scale of each row [out] float16.
+
+    product: X^T X of the inputs; without it each value is rounded by itself.
+    """
+    scale = (weight.square().mean(1).sqrt() * step).clamp(min=1e-6).half()  # [out]
+    weight, unit = weight.clone(), scale.float()
+    if product is None:
+        return (weight / unit[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    order = product.diagonal().argsort(descending=True)  # large inputs first: most can follow
+    weight, product = weight[:, order], product[order][:, order]
+    size = len(order)
+    levels = torch.empty_like(weight, dtype=torch.int8)
+    damped = product + 0.01 * product.diagonal().mean() * torch.eye(size)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)  # row i: how to make up for column i
+    for start in range(0, size, 64):  # by blocks: far columns get the errors of 64 at once
+        block = range(start, min(start + 64, size))
+        errors = torch.empty(len(weight), len(block))
+        for i in block:
+            levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
+            error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
+            weight[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
+            errors[:, i - start] = error
+        weight[:, block.stop :] -= errors @ upper[start : block.stop, block.stop :]
+    return levels[:, order.argsort()], scale
+
+
+def pack_model(source, folder, problems):
+    """Write model.npz and the small files of a transformers folder."""
+    lm, tokenizer = load_model(source)
+    texts = sample_texts(tokenizer, problems)
+    used = torch.tensor(sorted({i for ids in texts for i in ids}))
+    table = lm.get_input_embeddings().weight.data
+    levels, scale = quantise(table, RARE)
+    levels[used], scale[used] = quantise(table[used], USED)
+    arrays = {name: value.numpy() for name, value in lm.state_dict().items() if value.dim() == 1}
+    store(arrays, "model.embed_tokens.weight", levels, scale)
+    table.copy_(levels * scale[:, None])
+    linears = {m: n for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears = {m: n for m, n in linears.items() if m.weight.data_ptr() != table.data_ptr()}
+    chosen = random.Random(0).sample(texts, min(TEXTS, len(texts)))
+    group = -(-len(linears) // GROUPS)
+    for start in range(0, len(linears), group):  # the inputs are those that rounded layers give
+        part = [*linears][start : start + group]
+        for linear, product in input_products(lm, part, chosen).items():
+            name = f"{linears[linear]}.weight"
+            step = next(step for pattern, step in STEPS if re.search(pattern, name))
+            levels, scale = quantise(linear.weight.data, step, product)
+            store(arrays, name, levels, scale)
+            linear.weight.data.copy_(levels * scale[:, None])
+    np.savez(folder / "model.npz", **arrays)
+    copy_small_files(source, folder)
+
+
+def store(arrays, name, levels, scale):
+    """Add the bytes of the levels after Huffman coding, close to their entropy, and the scales."""
+    coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
+    data = coder.compress(levels.numpy().tobytes()) + coder.flush()
+    arrays[name], arrays[f"{name}:scale"] = np.frombuffer(data, np.uint8), scale.numpy()
+
+
+def copy_small_files(source, folder):
+    """Config, tokenizer, chat template."""
+    for file in Path(source).iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
+
+
+def unpack(folder, out):
+    """Write the transformers folder of a pack to `out` -> its path as text."""
+    out.mkdir()
+    copy_small_files(folder, out)
+    arrays = dict(np.load(Path(folder, "model.npz")))
+    for name in [name for name in arrays if name.endswith(":scale")]:
+        scale = arrays.pop(name).astype(np.float32)[:, None]
+        name = name.removesuffix(":scale")
+        levels = np.frombuffer(zlib.decompress(arrays[name].tobytes()), np.int8)
+        arrays[name] = levels.reshape(len(scale), -1) * scale
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return str(out)
+
+
+def pack_rows(problems, path):
+    """Write problems as JSON lines."""
+    keys = ("question", "answer", "steps", "solution")
+    with gzip.open(path, "wt", encoding="utf-8") as f:
+        for problem in problems:
+            row = {key: problem[key] for key in keys if problem[key] is not None}
+            f.write(json.dumps(row) + "\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", help="new folder")
+    parser.add_argument("--model", required=True, help="transformers folder")
+    parser.add_argument("--train", nargs="+", required=True, help="problem files with steps")
+    parser.add_argument("--tests", nargs="+", required=True, help=f"their first {ROWS} rows go in")
+    args = parser.parse_args(argv)
+    folder = Path(args.pack)
+    folder.mkdir(parents=True)
+    train = [row for file in args.train for row in load_problems(file) if row["steps"]]
+    sets = {"train": train}
+    for file in args.tests:
+        sets[Path(file).name.split(".")[0]] = load_problems(file, limit=ROWS)
+    for name, problems in sets.items():
+        pack_rows(problems, folder / f"{name}.jsonl.gz")
+    pack_model(args.model, folder, [row for problems in sets.values() for row in problems])
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size / 2**20:.1f} MiB, of it the weights "
+          f"{(folder / 'model.npz').stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

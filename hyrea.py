@@ -83,8 +83,8 @@ class Config:
     stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [alg. 1]
     max_replaced_steps: int = 3  # steps a chain may lose, S [alg. 1; value ours]; 0 = no latents
     latents_per_step: int = 1  # latents for each replaced step, c [sec. 3.1]; 8 fails [fig. 7]
-    replace: str = "entropy"  # or random [tab. 2]; all: front first [ours]; block: one span [tab. 1]
-    merge_spans: bool = False  # neighbours share one span, which then holds several latents [sec. 5.1]
+    replace: str = "entropy"  # or random [tab. 2]; all: in order [ours]; block: one span [tab. 1]
+    merge_spans: bool = False  # neighbours share one span of several latents [sec. 5.1]
     max_entropy: float = 0.0  # replace only steps below it, nats, if ranked; 0 = no bound [ours]
     end_latent: str = "forced"  # <end-latent>: forced after c slots, or sampled up to there [ours]
     latent_rms: bool = False  # scale a latent to the size of an embedding row [ours]

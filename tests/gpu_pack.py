@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import hrpo
 from common import encode_prompts, load_model, load_problems
 
 STEPS = [  # distance of two levels as a share of a row's root mean square, by name
@@ -39,7 +40,8 @@ def is_pack(folder):
 
 def sample_texts(tokenizer, problems):
     """Ids of prompts with their solutions: what the model will read."""
-    problems = encode_prompts(tokenizer, problems, "####", 512)
+    cfg = hrpo.parse_config(["--preset", "paper", "--max_prompt_length", "512"])
+    problems = encode_prompts(tokenizer, problems, cfg)
     texts = [" ".join([p["solution"] or "", *(p["steps"] or []), "####", p["answer"]])
              for p in problems]
     return [p["prompt_ids"] + tokenizer(text)["input_ids"] for p, text in zip(problems, texts)]

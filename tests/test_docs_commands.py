@@ -20,7 +20,7 @@ SEPARATORS = ";&\n"
 
 def split_commands(text):
     """The simple commands of a shell text, as lists of words. Loops run for their first value."""
-    text = re.sub(r"\s# .*", "", text.replace("\\\n", " "))
+    text = re.sub(r"\s# .*| > \S+", "", text.replace("\\\n", " "))  # no comments, no output files
     words = shlex.shlex(text, posix=True, punctuation_chars=SEPARATORS)
     words.whitespace_split, words.whitespace, words.commenters = True, " \t", ""
     commands, values = [[]], {}

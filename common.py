@@ -1444,12 +1444,10 @@ def parse_flags(config, presets, doc, argv=None):
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, add_help=False)
     for field in dataclasses.fields(config):
         note = notes[field.name].replace("%", "%%") + " (%(default)s)"
+        kind = {"type": field.type, "metavar": field.type.__name__}
         if field.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(f"--{field.name}", action=action, default=field.default, help=note)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default,
-                                metavar=field.type.__name__, help=note)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
     first, _ = parser.parse_known_args(argv)  # only to find the preset
     preset = first.preset
     if preset == "auto":
@@ -1497,27 +1495,25 @@ def resolve_config(cfg, method, counts=(), minibatches=1):
         if field.type in (int, float) and not least <= value < math.inf:
             fail(f"--{field.name} {value}: must be at least {least} and finite")
     shares = int(os.environ.get("WORLD_SIZE", 1)) * minibatches
-    if cfg.num_prompts % shares:
-        fail(f"--num_prompts {cfg.num_prompts}: must divide by ranks x minibatches = {shares}, "
-             "since a group of completions stays together")
-    if cfg.group_size < 2:
-        fail(f"--group_size {cfg.group_size}: advantages need 2 or more completions a problem")
-    if not cfg.temperature > 0:
-        fail(f"--temperature {cfg.temperature}: must be above 0; --greedy evaluates with argmax")
-    if not 0 < cfg.top_p <= 1:
-        fail(f"--top_p {cfg.top_p}: must be in (0, 1]")
-    if not cfg.adam_beta2 < 1:
-        fail(f"--adam_beta2 {cfg.adam_beta2}: must be in [0, 1)")
-    if cfg.lora_rank and cfg.train_embeddings:
-        fail("--train_embeddings: embeddings stay frozen with LoRA; use --lora_rank 0")
-    if not cfg.answer_marker:
-        fail("--answer_marker: must not be empty")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        fail(f"--dtype {cfg.dtype}: must be auto, float32 or bfloat16")
-    if cfg.device.split(":")[0] not in ("cuda", "mps", "cpu"):
-        fail(f"--device {cfg.device}: must be auto, cuda, mps or cpu")
-    if not cfg.eval_data and ENDING.search(cfg.train):
-        fail(f"--train {cfg.train}: a file has no test split; name --eval_data")
+    has_file = any(ENDING.search(name.strip()) for name in cfg.train.split(","))
+    rules = [  # flag, is its value fine, what would be
+        ("num_prompts", cfg.num_prompts % shares == 0, f"what divides by ranks x minibatches = "
+         f"{shares}, since a group of completions stays together"),
+        ("group_size", cfg.group_size >= 2, "2 or more completions a problem, to compare them"),
+        ("temperature", cfg.temperature > 0, "above 0; --greedy evaluates with argmax"),
+        ("top_p", 0 < cfg.top_p <= 1, "in (0, 1]"),
+        ("adam_beta2", cfg.adam_beta2 < 1, "in [0, 1)"),
+        ("train_embeddings", not (cfg.train_embeddings and cfg.lora_rank),
+         "off, since embeddings stay frozen with LoRA; or --lora_rank 0"),
+        ("answer_marker", cfg.answer_marker, "some text"),
+        ("dtype", cfg.dtype in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
+        ("device", cfg.device.split(":")[0] in ("cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
+        ("train", cfg.eval_data or not has_file,
+         "with a named --eval_data, since a file has no test split"),
+    ]
+    for flag, is_fine, right in rules:
+        if not is_fine:
+            fail(f"--{flag} {getattr(cfg, flag)}: must be {right}")
 
 
 # ---- ranks and stop signals ----------------------------------------------------------------------
@@ -1531,9 +1527,8 @@ def setup_distributed(cfg):
     device = torch.device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
-            fail(f"--device {cfg.device}: {here} ranks on this machine but {gpus} GPUs")
+        if device.index >= torch.cuda.device_count():
+            fail(f"--device {cfg.device}: more ranks on this machine than GPUs")
         torch.cuda.set_device(device)
     if cfg.deterministic:
         if device.type == "cuda" and cfg.top_p < 1:

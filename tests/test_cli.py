@@ -43,7 +43,9 @@ def refusal(method, argv, capsys):
     ("--lr -1", "--lr -1"), ("--lr nan", "--lr"),
     ("--kl_coef -1", "--kl_coef"),
     ("--max_grad_norm -1", "--max_grad_norm"),
-    ("--device gpu", "--device gpu"), ("--train some.jsonl", "some.jsonl --eval_data")])
+    ("--device gpu", "--device gpu"), ("--train some.jsonl", "some.jsonl --eval_data"),
+    ("--train a.jsonl,gsm8k", "a.jsonl,gsm8k --eval_data"), ("--adam_beta2 1", "--adam_beta2 1.0"),
+    ("--lr inf", "--lr inf finite")])
 def test_bad_values_end_in_one_line_that_names_them(method, model, tmp_path, capsys, more, words):
     line = refusal(method, flags(model, tmp_path / "run", more), capsys)
     assert all(word in line for word in words.split()) and not (tmp_path / "run").exists()

@@ -182,6 +182,7 @@ def test_the_kl_term_pulls_back_what_moved_and_leaves_the_rest(one_sided):
     gumbel = gumbel_like(torch.empty(size, 2), rng)
     noise = script.one_sided_noise(gumbel) if one_sided else gumbel.clamp(-1.5, 3.0)
     policy = SimpleNamespace(cfg=SimpleNamespace(noise_scale=0.5, one_sided=one_sided))
+    policy.before_noise = lambda kept: kept
     policy.surrogate = lambda *args: script.Policy.surrogate(policy, *args)
     kept = torch.tensor([[-2.0, -1.0]]).expand(size, -1).clone().requires_grad_()
     batch = {"topk_scores": kept.detach() + 0.5 * noise, "latent_mask": torch.ones(size).bool(),

@@ -13,7 +13,8 @@ from pages import EXAMPLES, PAGES, README, blocks, read, without_blocks
 import common
 
 DOCS, TESTS = ROOT / "docs", ROOT / "tests"
-ELSEWHERE = {"standalone", "nproc_per_node", "index", "help"}  # flags of torchrun, git, pip, all
+ELSEWHERE = {  # flags of torchrun, git, pip, all
+    "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "index", "help"}
 
 
 def headings(page):

@@ -104,8 +104,11 @@ def check(words):
         if re.match(r"(docs|tests)/|requirements", word):
             assert [*ROOT.glob(word), *ROOT.glob(f"{word}.*")], f"no {word}"
     if program == "torchrun":
-        assert rest[0] == "--standalone" and rest[1].startswith("--nproc_per_node=")
-        program, rest = "python", rest[2:]
+        first = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+        own = {word.partition("=")[0] for word in rest[:first] if word.startswith("--")}
+        nodes = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
+        assert own in ({"--standalone", "--nproc_per_node"}, nodes), "torchrun on one node or many"
+        program, rest = "python", rest[first:]
     if Path(program).name != "python":
         assert Path(program).name in ("pip", "git", "cp"), "a program that this test does not know"
         for word in rest:

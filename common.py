@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import urllib.request
 import zlib
 from datetime import timedelta
@@ -889,45 +890,204 @@ class Marker:
 
 
 # === 3. answer checking ===========================================================================
-# Both answers become trees of exact values, compared node by node; no text is ever run by Python.
+# An answer is read in three steps; two answers are equal if their trees are, node by node.
+#   spelling    respell: one spelling for each symbol        \dfrac12\mbox{ cm} -> \frac{1}{2}
+#   structure   read_tree: lists, brackets, equations ...    x=1, y=2 -> a list of two named values
+#   value       read_atom: words, or one exact number        \frac{1}{2} -> 1/2
+# No text is ever run by Python. What no rule reads is "unreadable" and only equals itself.
 
-MAX_TEXT = 50_000  # characters of a completion that are read, counted from its end
+MAX_TEXT = 30_000  # characters of a completion that are read, counted from its end
+MAX_PROSE = 5_000  # the same, where the letter of an option is looked for
 MAX_ANSWER = 400  # characters of an answer; a longer one only equals itself
-MAX_DIGITS = 2500  # of a power
-SPELLING = {  # plain spelling: LaTeX commands; all other commands stay as they are
-    **{r"\\frac": "[dtc]frac", r"\\text": "mbox|textnormal|text(bf|it|rm)|mathrm", " ": "q?quad"},
-    **{"": "left|right|[bB]ig+[lr]?|displaystyle|boxed|fbox", "*": "cdot|times", "/": "div"},
-    **{"≤": "leq?|leqslant", "≥": "geq?|geqslant", "≠": "neq?", "<": "lt", ">": "gt", "∈": "in"},
-    **{"≈": "approx", "∪": "cup", "±": "pm", "∞": "infty", "π": "pi", "√": "sqrt", "°": "circ"},
-}
-REWRITES = [
-    (r"(?<![A-Za-z\\])(?=(?:sqrt|pi)(?![A-Za-z]))", r"\\"),
-    *((rf"\\(?:{names})(?![A-Za-z])", plain) for plain, names in SPELLING.items()),
-    (r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","),
-    (r"\\(?:text|math[a-z]+)\s*\{([0-9., ]+|[A-Za-z](?=\}[}^]))\}", r"\1"),  # \mathbf{5}
-    (r"\\text\s*\{([^{}]*)\}", r' "\1" '),
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;: ])\s*(?=[0-9]{3})", ""),  # 70{,}000
-    (r"\\([{}])", r"\1"),
-    (r"\\[^A-Za-z]|\^\s*(?:°|\{\s*°\s*\})|[$€£%°~]", " "),
-    (r"_\s*\{\s*([0-9A-Za-z]+)\s*\}", r"_\1"),
-    (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-    (r"(?<![0-9.])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"(\1+\2/\3)"),  # mixed
-    (r"(?<![0-9.])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
-]
-CHARACTERS = str.maketrans("\u2212\u2013×·÷:", "--**//")
-MATRIX = re.compile(r"[(\[]? ?\\begin\{\w+\}(?:\{[lcr|]*\})?(.*)\\end\{\w+\} ?[)\]]?")
-WORDS = re.compile(r'".*|(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z "\'.()-]*')
-UNIT = re.compile(  # at the end of a number, without words that would change its value
-    r"(?<=[0-9)}π])"
-    r"(?!.*\b(?:hundred|thousand|[mb]illion|dozen|half|thirds?|not?|less|more|times)\b)"
-    r'(?: *"| +[A-Za-z]{3}| ?(?:[kcm]m|[km]g|m[lL]|ft|in|lb|oz)\b| +[mgshL]\b)'
-    r'(?:[A-Za-z" /.]|\^ *\{? *-? *[0-9] *\}?|[²³])*$'
+MAX_DEPTH = 30  # brackets inside each other
+MAX_DIGITS = 2_500  # of a number
+
+# The rules of spelling, in the order in which they are applied. At least two spaces stand between
+# an example, a pattern, and what it becomes (␣ is a space; where nothing stands, it goes away).
+# A deeply indented line goes on with the pattern of the line before.
+SPELLING = r"""
+# Characters are what they look like; NFKC is Unicode's own table of such characters.
+2½               (?<![0-9])([0-9]*)\s?([¼-¾⅐-⅞])  (\1+\2)
+10³              ([⁰¹²³⁴-ⁿ]+)  ^{\1}
+x₁               ([₀-₉]+)  _{\1}
+1 250            (?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))
+18º              [º˚]  °
+１％             NFKC
+−5               [−–‐]  -
+3⋅4              [⋅·∙∗]  *
+1÷2              [÷⁄]  /
+2¹⁄₂             (?<![0-9])([0-9]*)\s?\^\{([0-9]+)\}/_\{([0-9]+)\}  (\1+\2/\3)
+1∶2              ∶  :
+α                α  \\alpha␣
+β                β  \\beta␣
+θ                θ  \\theta␣
+λ                λ  \\lambda␣
+φ                φ  \\phi␣
+ω                ω  \\omega␣
+f′(x)            [’′]  '
+**27**           ^[\s*]+|[\s*]+$
+1,\n2            \s+  ␣
+
+# LaTeX commands with a plain spelling.
+1 \\ 2           \\\\(?=.*\\end\{)  ¶
+\\frac           \\\\  \\
+\cdot2           (\\[A-Za-z]+)(?=[0-9_])  \1␣
+\left(           \\(?:left|right|[bB]ig+[lr]?|displaystyle|boxed|fbox)\b
+{1:2}            ^\s?\{([^{},;]+)\}$  \1
+1 \quad 2        \\q?quad\b  ␣
+\dfrac           \\[dtc]frac\b  \\frac
+\mbox{cm}        \\(?:mbox|textnormal|text(?:bf|it|rm)|mathrm)\b  \\text
+3 \cdot 4        \\cdot\b  *
+3 \times 4       \\times\b  ×
+3 \div 4         \\div\b  /
+x \le 5          \\(?:leq?|leqslant)\b|<=  ≤
+x \ge 5          \\(?:geq?|geqslant)\b|>=  ≥
+x != 5           \\neq?\b|!=|=?/=  ≠
+x := 5           :=|==  =
+x \lt 5          \\lt\b  <
+x \gt 5          \\gt\b  >
+x \in A          \\in\b  ∈
+x \approx 5      \\approx\b  ≈
+A \cup B         \\cup\b  ∪
+\emptyset        \\(?:emptyset|varnothing)\b  ∅
+\{\}             \\\{\s?\\\}|^\{\s?\}$|(?:\\text\s?\{)?\b(?:the )?empty set\b\}?  ∅
+\{\emptyset\}    \\\{\s?∅\s?\\\}  [∅]
+1 \pm 2          \\pm\b  ±
+\infty           \\infty\b  ∞
+2pi              (?:\\|(?<![A-Za-z]))pi\b  π
+sqrt(2)          (?:\\|(?<![A-Za-z]))sqrt\b  √
+30^\circ         ([\^{0-9]\s?)\\circ\b  \1°
+\lfloor x        \\lfloor\b|⌊  §floor(
+\lceil x         \\lceil\b|⌈  §ceil(
+x \rceil         \\(?:rfloor|rceil)\b|[⌋⌉]  )
+\{1\}, \$5       \\([{}$%])  \1
+[\begin{array}   [(\[]?\s?\\begin\{array\}(?:\{[lcr|]*\})?(.*?)\\end\{array\}\s?[)\]]?  ⟦\1⟧
+\begin{matrix}   \\begin\{[pb]?(?:small)?matrix\}(.*?)\\end\{\w+\}  ⟦\1⟧
+\\ \end{matrix}  ¶\s?⟧  ⟧
+
+# Text: one with a number or a list; a conjunction; a letter that is no unit; any other.
+\text{14 pens}   \\text\s?\{([^{}]*[0-9,][^{}]*)\}  ␣\1␣
+1 \text{or} 2    \\text\s?\{\s?(?:and|or)\s?\}|\b(?:and|or)\b  ,
+\mathrm{e}^x     \\text\s?\{([A-Za-z](?=\}[}^])|[^\W\d_ghlmsAJKLNVW])\}  \1
+\text{cm}        \s?\\text\s?\{\s?([^{}]*?)\s?\}\s?  ␣"\1"␣
+Answer: 27       (?i)^[\s*_#"]*(?:the\s)?(?:final\s)?answer\b(?:\sis\b)?[\s*_:"]*(?!\s?-\s)
+
+# Names of several characters: those of functions begin with §, others with @.
+sin(x)           (?:\\|(?<![A-Za-z\\])(?=[a-z]+(?:\s?[(\[{0-9\\^_√π]|\s[a-z]\b)))
+                 ((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp)(?![A-Za-z])  §\1
+\sin^{-1} x      §(sin|cos|tan)\s?\^\s?(?:\{\s?-1\s?\}|-1)  §arc\1
+\sin^2 x         §([a-z]+)\s?\^\s?(?:\{\s?([0-9]+)\s?\}|([0-9]+))  §\1_p\2\3␣
+\theta           \\((?:var)?(?i:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda
+                 |mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi|omega)|ell|hbar)\b  @\1␣
+\vec{v}          \\(vec|hat|bar|overline|overrightarrow|angle|triangle)
+                 \s?(?:\{\s?([A-Za-z]+)\s?\}|([A-Za-z]+))  @\1\2\3␣
+\mathbb{R}       \\(?:math(?:bf|it|sf|bb|cal)|boldsymbol)\s?
+                 (?:\{\s?([0-9A-Za-z]+)\s?\}|([0-9A-Za-z]))  \1\2
+x_{\max}         _\s?\{["\\\s]*([0-9A-Za-z]+)["\s]*\}  _\1␣
+y^{\prime}       \^\s?(?:\{\s?\\prime\s?\}|\\prime\b)  '
+
+# What changes nothing: separators, spaces, degrees, currencies.
+70{,}000         (?<=[0-9])(?:\{,\}|,\\!|\\[,;:\s])\s?(?=[0-9]{3}(?![0-9]))
+5\,\%            \\[,;:!&#()\[\]\s]|[~%]  ␣
+18^\circ C       (?:\^\s?(?:°|\{\s?°\s?\})|°)(?:\s?[CF]\b)?  ␣
+US$640           (?<![\w}$])(?:US|CA?|AU?|NZ|HK|NT|SG?|MX|R)\s?\$(?=\s?[0-9.])
+€640             [$¢£¥€\u20a0-\u20cf]  ␣
+USD 640          (?:(?<=[0-9])|(?<![A-Za-z0-9]))
+                 (?:USD|EUR|GBP|JPY|CNY|RMB|INR|CAD|AUD|CHF|KRW|MXN|BRL|Rs\.?)(?![A-Za-z])  ␣
+$5$ m            \s+  ␣
+1 + 2            \s*([-+*/^_=<>≤≥≠≈∈∪×±:;&¶⟦({\[])\s*|\s+([)}\]⟧])  \1\2
+1,080            (?<=[0-9]),(?=[0-9]{3}(?![0-9])[^()\[\]{}]*$)
+x \in [1,2]      (?<![\w)}\]])[A-Za-z]∈
+x \approx 5      (?<![^,;])([A-Za-z](?:_\w+)?(?:\([a-z]\))?)≈  \1=
+
+# Products and powers; a × b with two letters stays, since it may be a cross product.
+3×4              (?<![A-Za-z])×|×(?![A-Za-z@])  *
+2**3             \*\*  ^
+
+# Numbers: fractions, mixed numbers, repeating decimals, times of day.
+\dot{1}          \\dot\s?\{([0-9])\}  \\dot\1
+\frac12          \\frac\s?([0-9])([0-9])  \\frac{\1}{\2}
+1\frac{4}{5}     (?<![0-9.])([0-9]+)\s?\\frac\{([0-9]+)\}\{([0-9]+)\}  (\1+\2/\3)
+1 4/5            (?<![0-9.])([0-9]+)\s([0-9]+)/([0-9]+)  (\1+\2/\3)
+0.1\overline{6}  (\.[0-9]*)\\(?:overline|bar)\s?(?:\{([0-9]+)\}|([0-9]))  \1(\2\3)
+0.\dot1\dot6     (\.[0-9]*)\\dot\s?([0-9])(?:([0-9]*)\\dot\s?([0-9]))?  \1(\2\3\4)
+0.333...         (\.[0-9]{0,9}?)([0-9]{1,6}?)\2\2+(?:\.\.\.|\\[lc]?dots\b)  \1(\2)
+0.1(6)           (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9])\)  (0\1+(0\1\2-0\1)*10/9)
+0.1(63)          (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9]{2})\)  (0\1+(0\1\2-0\1)*100/99)
+0.(370)          (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9]{3})\)  (0\1+(0\1\2-0\1)*1000/999)
+0.(1428)         (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9]{4})\)  (0\1+(0\1\2-0\1)*10000/9999)
+0.(12345)        (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9]{5})\)  (0\1+(0\1\2-0\1)*100000/99999)
+0.(142857)       (?<![0-9.])([0-9]*\.[0-9]*)\(([0-9]{6})\)  (0\1+(0\1\2-0\1)*1000000/999999)
+9:00             (?<![\w:.])0?([0-9]{1,2}):00(?![\w:])  \1
+6:15             (?<![\w:.])0?([0-9]{1,2}):([0-5][0-9])(?![0-9:]|\.[0-9])  "\1h\2"
+6:15:30 am       (?<![\w:.])0?([0-9]{1,2}):([0-5][0-9]):([0-5][0-9])
+                 (?=[\s"]*[AaPp]\.?[Mm])  "\1h\2m\3"
+9 a.m.           (?i)("[^"]*"|\b[0-9]{1,2}(?=[\s"]))[\s"]*a(?:m|\.\s?m\.?)(?![a-z])"?  @am=\1
+9 p.m.           (?i)("[^"]*"|\b[0-9]{1,2}(?=[\s"]))[\s"]*p(?:m|\.\s?m\.?)(?![a-z])"?  @pm=\1
+
+# Words that change the number before them get a mark, so that they are not dropped as a unit.
+5 thousands      (?i)(?<![a-z@\\])(?:tens|hundreds?|thousands?|[a-z]*illions?|mil|[bt]n|grand
+                 |lakhs?|crores?|dozens?|score|gross)(?![a-z])  ¿\g<0>
+5 fifths         (?i)(?<![a-z@\\])(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin
+                 |ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]*illion)ths?)
+                 (?![a-z])  ¿\g<0>
+5 plus three     (?i)(?<![a-z@\\])(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven
+                 |twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?![a-z])  ¿\g<0>
+5 squared        (?i)(?<![a-z@\\])(?:(?<![a-z]{2}\s)(?:squared|cubed)
+                 |(?:square|cube)(?=\W*$)|factorial|plus
+                 |minus|over|times(?=\s)|divided|multiplied|power|root|choose|mod(?:ulo)?|doubled?
+                 |tripled?|halved|twice|inverse|reciprocal)(?![a-z])  ¿\g<0>
+5 below          (?i)(?<![a-z@\\])(?:negative|below|under|above|less|more|fewer|than|least|most
+                 |short|not|never|without|except|but|nor)(?![a-z])  ¿\g<0>
+5 base           (?<![A-Za-z@\\])(?:am|pm|AM|PM|base|binary|octal|hex(?:adecimal)?
+                 |recurring|repeating
+                 |remainder)(?![a-z])  ¿\g<0>
+
+# Units: each becomes a text, and a text after a number is dropped.
+5 hr             (?<=[0-9)}π])\s(?:[cdkmnμ]?m|[kmμ]?g|[cdm]?[lL]|[mnμ]?s|m?A|[kM]?[JNVW]|K|hr?
+                 |[kMGT]?(?:Hz|Pa|Wh|eV)|[kMGT]B|mi|yd|yr|wk|mo|qt|pt|pc|ha|US|fl
+                 |(?:sq|cu)(?:\sm)?)\b
+                 (?!\s?[-+*}@§\\(√π]|\s[A-Za-z]\b)  "\g<0>"
+5cm              (?<=[0-9)}π])\s?(?:[cdkmn]m|[km]g|m[lL]|ft|in|lbs?|oz|mph|hrs|mins?)\b
+                 (?!\s?[*}@§\\(√π]|\s[A-Za-z]\b)  "\g<0>"
+5 apples         (?<=[0-9)}π])\s[^\W\d_](?:[^\W\d_]|'){2,}  "\g<0>"
+5 cups of tea    ("[^"¿,]*")(?:\^(?:-?[0-9]|\{-?[0-9]\})|/(?:[^\W\d_]+|"[^"¿,]*")|\.?\s?"[^"¿,]*"
+                 |\.?\s(?:(?:a|per\s[a-z])\b|[^\W\d_]{2,}))+\.?  \1
+5 \text{cm}      (?<=[0-9)}π])\s?"[^"¿,]*"[\s.]*(?=[-+*/,;=≈<>≤≥∪)\]}&¶⟧:]|$)
+# Ratios in lowest terms, and what may stand around an answer.
+a:b = 1:2        ^[A-Za-z](?::[A-Za-z])+=
+1:2              (?<![^=])([^:=,;"]+):([^:=,;"]+)$  (\1)/(\2)
+1:2:3            (?<![^=])([^:=,;"]+):([^:=,;"]+):([^:=,;"]+)$  ⟦(\1)/(\3)¶(\2)/(\3)⟧
+= 27 .           ^[\s=≈,;*]+|[\s*.,;/\\]+$
+AB C             (?<=[A-Z])\s(?=[A-Z]\b)
+"""
+RULES = re.findall(  # (pattern, what it becomes) of each row
+    r"(?m)^[^#\s].*? {2,}(\S.*?)(?: {2,}(.*))?$", re.sub(r"\n {9,}", "", SPELLING)
 )
-SYMBOL = r"(?:\\[A-Za-z]+|[A-Za-z]|[0-9]+(?=_))(?:_[0-9A-Za-z]+)?|[π∞]"  # 52_8 is one, too
-NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2}\b)?"
-TOKEN = re.compile(rf"{SYMBOL}|{NUMBER}|\S")
-BRACKETS = {"(": ")", "[": "]", "{": "}"}
+
+# What the parts of a respelled answer look like.
+ITEM = r"(?:@?[A-Za-z]+(?:_\w+)?(?:(?:'*|\^\{-1\})\([^()]*\))?|\"[^\"]*\")"
+NAME = (  # x, x_1, AB, f(x), (x,y), "Area of" ABC, \frac{a}{b}; but not -x, 2x, x^2, xy
+    rf"(?![a-z] ?[a-z]\b|abc\b|xyz\b)\(?{ITEM}(?:(?:[ ,:]+|(?=[@\"])){ITEM})*\)?"
+    r"|\\frac\{[A-Za-z ]+\}\{[A-Za-z ]+\}"
+)
+WORDS = r"\".*|(?=.*[^\W\d_]{3}|[Nn]o$|[A-Z]{2,}$)(?!-)(?:[^\W\d_]|[ ¿\"'.()-])*"
+PROSE = r"(?s)(?=.*[^\W\d_]{3})[^\\=<>^_{}|+*~\[\]]*"  # July 4, 1776
+CAPITAL = r"[A-Z](?:_\w+ ?)?(?:\^(?:\{[^{}]*\}|\w))?"
+SYMBOL = (
+    r"(?:[A-Z]+[0-9][0-9A-Z]*|[0-9]+)_[0-9A-Za-z]+"  # 52_8
+    rf"|{CAPITAL}(?:{CAPITAL})+"  # AB^{-1} is one symbol, since matrices do not commute
+    # x_1, f'(x), I(0), P(X=2); but x(x+1) is a product
+    r"|(?:@[A-Za-z]+ ?|[A-Za-z])(?:_\w+ ?)?'*"
+    r"(?:\((?:[^()A-Za-z\\]*|[A-Za-z]|[^()]*[=<>≤≥,][^()]*)\))?"
+    "|[π∞∅]"
+)
+NUMBER = r"(?:[0-9]+\.(?=[-+*/)}]|$)|[0-9]*\.?[0-9]+)(?:[eE][+-]?[0-9]{1,2}\b)?"
+TOKEN = rf"§[a-z]+(?:_\w+)?|\\frac|{SYMBOL}|{NUMBER}|\S"
+BRACKETS = {"(": ")", "[": "]", "{": "}", "⟦": "⟧"}
 STRENGTH = {"+": 1, "*": 2, "/": 2, "^": 4}
+
+# The letter of an option in prose.
 CHOICE = re.compile(  # the phrase, filler, the letter; a small letter only where the phrase ends
     r"(?i:\b(?:answer|option|choice)(?:\** ?[:-]| (?:is|(?:must|would) be)\b)|\bit(?:'s| is)\b)"
     r"(?i:[\s:*$({\[]|\\(?:text|boxed)\b|option\b|choice\b|for sure\b|definitely\b){0,12}"
@@ -943,47 +1103,80 @@ LETTER = re.compile(r"\s{0,9}(?:\\text\{)?\(?([A-Z])\)?\}?\s{0,9}")
 
 def extract_answer(text: str, marker: str = "####", flexible: bool = False) -> str | None:
     """Last closed box after the last marker, else the line after it; no marker: the last box."""
-    _, found, text = text.rstrip()[-MAX_TEXT:].rpartition(marker)
-    opened, box = [], None
-    for match in re.finditer(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", text):
-        if match[0][-1] == "{" and match[0] != r"\{":
-            opened.append(match)
-        elif match[0] == "}" and opened:
-            opener = opened.pop()
-            box = text[opener.end() : match.start()] if opener[0] != "{" else box
+    text = text.rstrip()[-MAX_TEXT:]
+    _, found, marked = text.rpartition(marker)
+    opened = []  # for each open bracket, where its box begins; 0 for other brackets
+    box = None
+    for match in re.finditer(r"(\\{1,2}(?:boxed|fbox)\s*|)\{|\\.|(\})", marked):
+        if match[1] is not None:
+            opened.append(match.end() if match[1] else 0)
+        elif match[2] and opened:
+            start = opened.pop()
+            box = marked[start : match.start()] if start else box
     if box is not None:
         return box
-    if found or not flexible:  # a special token such as <|endoftext|> ends the line, too
-        return text.strip().partition("\n")[0].partition("<|")[0].strip() if found else None
+    # "Final Answer" may be a heading. A special token such as <|endoftext|> ends the line, too.
+    marked = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\W*\n\s*", "", marked.strip())
+    line = re.split(r"\n|<\|", marked)[0].strip()
+    if not flexible:
+        return line if found else None
+    if found and read_answer(line)[0] not in ("text", "unreadable"):
+        return line
     # For evaluation only, since a policy under training would learn to exploit these guesses.
-    text = re.split(r"(?i)\banswer(?:\s+is\b|\s*:)", text)[-1]
+    text = re.split(r"(?i)\banswer(?:\s+is\b|\s*:)", marked or text)[-1]
     guesses = re.findall(r"\$([^$]+)\$|(-?[0-9][0-9,.]*)", text)
     return "".join(guesses[-1]) if guesses else text
 
 
-def is_correct(completion: str, gold: str, marker: str = "####") -> bool:
-    """Is the marked or boxed answer the gold one? A gold letter may also be stated in prose."""
-    answer = extract_answer(completion, marker)
-    return answers_equal(completion if answer is None and LETTER.fullmatch(gold) else answer, gold)
+def is_correct(completion: str, gold: str | list[str], marker: str = "####") -> bool:
+    """Is the marked or boxed answer a gold one? A gold letter may also be stated in prose."""
+    return answers_equal(extract_answer(completion, marker), gold, completion)
 
 
-def is_readable(gold: str) -> bool:
-    """Can the checker interpret this gold answer, so that other spellings of it count?"""
-    return bool(gold.strip()) and read_answer(gold)[0] != "unreadable"
+def is_readable(gold: str | list[str]) -> bool:
+    """Can the checker interpret this gold answer, or one of a list? Then other spellings count."""
+    if not isinstance(gold, str):
+        return any(map(is_readable, gold))
+    return read_answer(gold)[0] != "unreadable"
 
 
-def answers_equal(predicted: str | None, gold: str) -> bool:
-    """Are two extracted answers the same value, structure, option or text?"""
-    if predicted is None or predicted.strip() == gold.strip():
-        return bool(predicted and predicted.strip())
-    if LETTER.fullmatch(gold):
-        return stated_letter(predicted[-MAX_TEXT:]) == LETTER.fullmatch(gold)[1]
-    return same(read_answer(predicted), read_answer(gold))
+def answers_equal(predicted: str | None, gold: str | list[str], prose: str = "") -> bool:
+    """Is an extracted answer the same value, structure, option or text as a gold one?
+
+    Where nothing was extracted (None), the letter of an option is looked for in the prose.
+    """
+    if not isinstance(gold, str):
+        return any(answers_equal(predicted, each, prose) for each in gold)
+    letter = LETTER.fullmatch(gold)
+    if letter:
+        text = prose if predicted is None else predicted
+        return stated_letter(text[-MAX_PROSE:]) == letter[1]
+    predicted = (predicted or "").strip()
+    if predicted == gold.strip():
+        return predicted != ""
+    right = read_answer(gold)
+    if right[0] == "number":  # where m+n is asked for, "m+n = 204" is 204
+        predicted = re.sub(r"^[\s$\\(\[]*[a-w](?:\s*\+\s*[a-w])+\s*=", "", predicted)
+    left = read_answer(predicted)
+    if same(left, right):
+        return True
+    leaves = right[1] if right[0] == "" else [right]
+    if "\\" in gold or any(leaf[0] != "text" for leaf in leaves):
+        return False
+    text = left[1] if left[0] == "text" else predicted
+    return plain_words(text, "a an the") == plain_words(gold, "a an the")
+
+
+def plain_words(text, dropped=""):
+    """Words without capitals and punctuation (except in numbers); SQuAD also drops articles."""
+    words = re.sub(r"[^\w\s](?![0-9])", "", text.casefold()).split()
+    return " ".join(word for word in words if word not in dropped.split())
 
 
 def stated_letter(text):
     """The option that a text states last, or the only one that labels a line; None if unclear."""
-    stated, labels = list(CHOICE.finditer(text)), list(LABEL.finditer(text))
+    stated = list(CHOICE.finditer(text))
+    labels = list(LABEL.finditer(text))
     if not stated and len({match[1] for match in labels}) != 1:
         return None
     last = (stated or labels)[-1]
@@ -991,27 +1184,36 @@ def stated_letter(text):
 
 
 def read_answer(text):
-    """Tree of an answer after each symbol has one spelling; currency, percent, degrees dropped."""
-    if len(text) > MAX_ANSWER:
-        return "unreadable", text
-    text = text.strip(" *").replace("\\\\", ";" if "\\begin" in text else "\\")  # matrix rows
-    for pattern, plain in REWRITES:
-        text = re.sub(pattern, plain, text)
-    text = text.replace("**", "^").replace("<=", "≤").replace(">=", "≥").translate(CHARACTERS)
-    text = " ".join(text.split()).lstrip(" *=,;").rstrip(" *.,;/")
-    if not re.search(r"[(\[{]", text):  # in brackets a comma always separates
-        text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    """Tree of an answer: (form, content)."""
+    text = respell(text)
     try:
-        return read_tree(text)
+        if len(text) <= MAX_ANSWER:
+            return read_tree(text)
     except (ValueError, ArithmeticError, RecursionError):  # syntax; 1/0, overflow; nesting
-        return "unreadable", text.replace(" ", "")
+        if re.fullmatch(PROSE, text):
+            return "text", plain_words(text)
+    return "unreadable", text.replace(" ", "")
+
+
+def respell(text):
+    """One spelling for each symbol; units, signs of currency, percent and degrees are dropped."""
+    for pattern, plain in RULES:
+        if len(text) > MAX_ANSWER:
+            break
+        if pattern == "NFKC":
+            text = unicodedata.normalize("NFKC", text)
+        else:
+            text = re.sub(pattern, plain.replace("␣", " "), text)
+    return text
 
 
 def split_top(text, separators):
     """Parts of the text between separators outside all brackets, and those separators."""
     parts, found, depth, start = [], "", 0, 0
     for k, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
+        depth += (char in "([{⟦") - (char in ")]}⟧")
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
         if depth == 0 and char in separators:
             parts.append(text[start:k].strip())
             found += char
@@ -1020,53 +1222,72 @@ def split_top(text, separators):
 
 
 def read_tree(text):
-    """(form, content): a number, words, a named tree, or the trees of a list, matrix, relation."""
-    matrix = MATRIX.fullmatch(text)
-    if matrix:
-        rows = [row.split("&") for row in matrix[1].split(";")]
-        cells = [cell.strip() for row in rows for cell in row]
-        return f"{len(rows[0])} columns", [read_tree(cell) for cell in cells if cell]
+    """Tree of a respelled answer: a list, rounded value, relation, ratio, bracket or atom."""
     for form, separator in (("∪", "∪"), ("", ";"), ("", ",")):
         parts, found = split_top(text, separator)
         if found:
             return form, [read_tree(part) for part in parts if part]
-    parts, signs = split_top(text, "=≈∈<>≤≥≠")
+    exact, found, rounded = text.rpartition("≈")
+    if found:  # 100/3 ≈ 33.33 is both, if it is rounded rightly
+        value = exact.rpartition("=")[2].replace("π", "(3.141592653589793)")
+        decimals = len(rounded.partition(".")[2])
+        error = abs(evaluate(value) - evaluate(rounded)) * 10**decimals
+        options = [read_tree(exact), read_tree(rounded)]
+        return "≈", options if error <= 0.5 else options[:1]
+    parts, signs = split_top(text, "=∈<>≤≥≠")
     if signs:
-        name = re.sub(r"_[0-9]+|\s", "", parts[0])  # x, f(x), (p,q), m+n, but not a^2+b
-        if set(signs) <= set("=≈∈") and re.fullmatch(r"[^0-9]*[A-Za-z][^0-9]*", name):
-            return "named", [("text", name), read_tree(parts[-1])]
-        if set(signs) <= set(">≥"):  # 5 > x is x < 5
-            parts, signs = parts[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
-        return signs, [read_tree(part) for part in parts]
+        return read_relation(parts, signs)
     if "±" in text:
         return "", [read_tree(text.replace("±", sign)) for sign in "+-"]
-    if text[:1] in BRACKETS and split_top(text, ")]}")[0] == [text[:-1].strip(), ""]:
-        form, parts = text[0] + text[-1], split_top(text[1:-1], ",;")[0]
+    if text[:1] in BRACKETS and split_top(text, ")]}⟧")[0] == [text[:-1].strip(), ""]:
+        parts, found = split_top(text[1:-1], ",;&¶")
+        form = text[0] + found.strip(",;") + text[-1]  # of a matrix also its shape, as ⟦&¶&⟧
         if len(parts) == 1 and form in ("()", "{}"):
             return read_tree(parts[0])
         return form, [read_tree(part) for part in parts]
     return read_atom(text)
 
 
+def read_relation(parts, signs):
+    """A named value (x = 5), a calculation (9*3 = 27) or a relation (x > 5, 2x+3y = 1)."""
+    if not signs.strip(">≥"):  # 5 > x is x < 5
+        parts, signs = parts[::-1], signs[::-1].translate(str.maketrans(">≥", "<≤"))
+    if signs.strip("="):
+        return signs, [read_tree(part) for part in parts]
+    if not re.fullmatch(NAME, parts[0]):  # 5 = x is x = 5
+        parts = parts[::-1]
+    if re.fullmatch(NAME, parts[0]):
+        name = re.sub("_[0-9]+", "", parts[0])
+        return "named", [read_tree(name), read_tree(parts[-1])]
+    sides = [read_tree(part) for part in parts]
+    return sides[0] if all(same(side, sides[0]) for side in sides) else ("=", sides)
+
+
 def read_atom(text):
-    """Words, or a number with the count of its decimals; a unit is dropped."""
-    if WORDS.fullmatch(text):
-        return "text", " ".join(text.replace('"', " ").casefold().split()).strip(" .")
-    text = UNIT.sub("", text)
-    decimal = re.fullmatch(r"[+-]?\s*[0-9]*\.([0-9]+)", text)
-    tokens = ["", *reversed(TOKEN.findall(text))]  # taken from the end; "" ends the text
+    """Words, what is only compared as written, or a number with the count of its decimals."""
+    if re.fullmatch(WORDS, text):
+        return "text", plain_words(text)
+    if re.search(r"×|\\(?!frac)[A-Za-z]", text):
+        return "written", text.replace(" ", "")
+    decimals = re.fullmatch(r"[+-]?[0-9]*\.([0-9]+)|.*", text)[1]
+    return "number", (evaluate(text), len(decimals or ""))
+
+
+def evaluate(text):
+    """Value of an expression: Fraction while rational, else float."""
+    tokens = ["", *reversed(re.findall(TOKEN, text))]  # taken from the end; "" ends the text
     value = read_expression(tokens)
-    if tokens != [""] or not abs(value) < 10**300:  # beyond, floats overflow or are inf or nan
+    if tokens != [""] or not abs(value) < 1e300:  # beyond, floats overflow or are inf or nan
         raise ValueError("text after the expression, or too large")
-    return "number", (value, len(decimal[1]) if decimal else 0)
+    return value
 
 
 def read_expression(tokens, strength=0):
-    """Value of the operators that bind more than strength: Fraction while rational, else float."""
+    """Value of the operators that bind more than strength."""
     value = read_operand(tokens)
     while True:
         # 2x has no operator, and a sign is left to its term; "1 8" is neither 18 nor 8
-        operator = re.sub(r"^[A-Za-z\\(\[{√π∞].*", "*", tokens[-1]).replace("-", "+")
+        operator = re.sub(r"^[A-Za-z@§\\(\[{√π∞∅].*", "*", tokens[-1]).replace("-", "+")
         if STRENGTH.get(operator, 0) <= strength:
             return value
         if operator == tokens[-1] != "+":
@@ -1080,10 +1301,12 @@ def read_expression(tokens, strength=0):
             value = value / right
         else:
             value = value + right if operator == "+" else value * right
+        if len(str(value)) > MAX_DIGITS:
+            raise ValueError("number out of bounds")
 
 
 def read_operand(tokens):
-    """A number, bracket, root, fraction or symbol; a symbol is a fixed pseudo-random rational."""
+    """A number, bracket, root, fraction, function or symbol."""
     token = tokens.pop()
     if token in ("+", "-"):
         return Fraction(token + "1") * read_expression(tokens, 2)  # -x^2 is -(x^2)
@@ -1099,12 +1322,13 @@ def read_operand(tokens):
         return read_operand(tokens) ** (1 / float(degree))
     if re.fullmatch(NUMBER, token):
         return Fraction(token)
-    if not re.fullmatch(SYMBOL, token):
-        raise ValueError("unknown character")
-    if re.match(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)", token):
+    if token.startswith("§"):
         token += str(read_operand(tokens))  # equal arguments give equal values
+    elif not re.fullmatch(SYMBOL, token):
+        raise ValueError("unknown character")
     # Expressions that agree at this point are the same polynomial, but for a chance near 2^-31.
-    return 1 + Fraction(pow(int.from_bytes(token.encode(), "big") + 2**30, 65537, 2**31 - 1), 2**31)
+    number = int.from_bytes(token.encode(), "big") + 2**30
+    return 1 + Fraction(pow(number, 65537, 2**31 - 1), 2**31)
 
 
 def same(left, right):
@@ -1112,23 +1336,33 @@ def same(left, right):
     if left[0] != right[0]:  # x = 5 is 5, but not y = 5
         left, right = (tree[1][1] if tree[0] == "named" else tree for tree in (left, right))
     (form, items), (other, others) = left, right
+    if form == "≈":
+        return any(same(item, right) for item in items)
+    if other == "≈":
+        return any(same(left, item) for item in others)
     forms = {form, other}
     if forms == {"number"}:
         return same_number(*items, *others)
-    if forms in ({"text"}, {"unreadable"}):
-        return items == others
+    if len(forms) == 1 and isinstance(items, str):
+        return items == others != ""
     if len(items) != len(others) or len(forms) > 1 and forms not in ({"", "()"}, {"", "{}"}):
         return False
-    named = [[item[0] == "named" for item in side] for side in (items, others)]
-    if named[0] != named[1] or len(items) > 40 or not forms <= {"", "{}", "∪"}:
+    named = {item[0] == "named" for item in [*items, *others]}
+    if len(named) > 1 or len(items) > 40 or not forms <= {"", "{}", "∪", "=", "≠", "named"}:
         return all(map(same, items, others))
-    counts = [[sum(same(a, b) for b in side) for a in items] for side in (items, others)]
-    return counts[0] == counts[1]
+    rest = list(others)
+    for item in items:
+        partner = next((each for each in rest if same(item, each)), None)
+        if partner is None:
+            return False
+        rest.remove(partner)
+    return True
 
 
 def same_number(left, decimals, right, other_decimals):
     """Equal, or a long decimal against the endless value it rounds: 0.333333 = 1/3, not 0.33."""
-    error, slack = abs(left - right), 1e-13 * abs(right)
+    error = abs(left - right)
+    slack = 1e-13 * abs(right)
     exact = isinstance(left, Fraction) and isinstance(right, Fraction)
     if error <= (0 if exact else slack):
         return True
@@ -1458,9 +1692,7 @@ def parse_flags(config, presets, doc, argv=None):
         fail(f"--preset {preset}: must be auto or one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset])
     parser.add_argument("-h", "--help", action="help", help="show this text and exit")
-    values = vars(parser.parse_args(argv))
-    values["preset"] = preset
-    return config(**values)
+    return config(**{**vars(parser.parse_args(argv)), "preset": preset})
 
 
 AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "micro_batch",
@@ -1699,7 +1931,7 @@ class Progress:
     """What rank 0 shows of a run: a bar (plain lines without a terminal), samples, warnings."""
 
     def __init__(self, title, step, steps, dtype="float32"):
-        hidden = True if dist.get_rank() > 0 else None  # None: hidden where there is no terminal
+        hidden = dist.get_rank() > 0 or None  # None: hidden where there is no terminal
         self.bar = tqdm(total=steps, initial=step, desc=title, disable=hidden)
         self.gap_limit = 0.2 if dtype == "bfloat16" else 0.01
         self.bad_steps = {}  # {problem: steps in a row}

@@ -147,7 +147,7 @@ def test_an_anchored_letter_counts_and_an_ambiguous_one_does_not(completion, let
 def test_unreadable_golds_are_found_and_still_equal_themselves():
     for gold in ("18", "-3.0e-05", "B", r"\text{Evelyn}", r"3 \pm 2\sqrt{2}", "(0,1]", "y = -2x"):
         assert is_readable(gold), gold
-    for gold in ("", " ", "(1,2", r"\frac{1}{", "1 8", "1/0", "1" * 1_000, "3 +", "6:00 p.m."):
+    for gold in ("", " ", "(1,2", r"\frac{1}{", "1 8", "1/0", "1" * 1_000, "3 +"):
         assert not is_readable(gold), gold
     assert answers_equal("6:00 p.m.", "6:00  p.m.") and not answers_equal("7:00 p.m.", "6:00 p.m.")
     assert answers_equal("9" * 20_000, "9" * 20_000)

@@ -111,11 +111,13 @@ def test_the_model_decides_the_preset(method, name, preset, train_set, marker):
     assert cfg.preset == preset
     if method == "hrpo":
         assert (cfg.train, cfg.answer_marker) == (train_set, marker)
-    assert all(getattr(cfg, key) == value for key, value in script.PRESETS[preset].items())
+    follow = {"sft_rounds"}  # 0 becomes the number that other settings ask for
+    for key, value in script.PRESETS[preset].items():
+        assert getattr(cfg, key) == value or key in follow, key
     other = {"tiny": "paper", "paper": "tiny"}[preset]
     cfg = script.parse_config(["--model", name, "--preset", other, "--lr", "0.5"])
-    values = {**script.PRESETS[other], "lr": 0.5}
-    assert all(getattr(cfg, key) == value for key, value in values.items())
+    for key, value in {**script.PRESETS[other], "lr": 0.5}.items():
+        assert getattr(cfg, key) == value or key in follow, key
     assert "auto" not in dataclasses.asdict(cfg).values()
 
 

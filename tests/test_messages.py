@@ -135,7 +135,7 @@ def test_a_disk_that_takes_no_weights_keeps_the_run_alive_until_its_end(
     monkeypatch.setattr(script, "load_problems", lambda spec, split, limit=0: common.load_problems(
         spec, split, 8))
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, soft[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, soft[1]))
         code = train(method, flags(model, tmp_path / "run"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)

@@ -96,10 +96,9 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
         fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
     if lm.num_tokens > lm.get_input_embeddings().num_embeddings:
         fail(f"--model {name}: {lm.num_tokens} tokenizer ids but fewer embedding rows; resize it")
-    lm.pad_id = tokenizer.pad_token_id
-    if lm.pad_id is None:
-        lm.pad_id = lm.eos_ids[0]
-    lm = lm.to(device)
+    pad_id = tokenizer.pad_token_id
+    lm.pad_id = lm.eos_ids[0] if pad_id is None else pad_id
+    lm.to(device)
     try:
         fault = find_fault(lm)
     except Exception as error:  # models without such a cache stumble in many ways
@@ -140,9 +139,8 @@ def read_model(name, dtype):
         fail(f"--model {name}: not a model folder or hub id that loads ({first_line(error)})")
     lost = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     if lost:  # they would be random
-        unknown = sorted(info["unexpected_keys"])[:2]
-        fail(f"--model {name}: {len(lost)} of its weights are missing or have another shape, "
-             f"such as {', '.join(sorted(lost)[:3])}; unknown ones: {', '.join(unknown) or 'none'}")
+        fail(f"--model {name}: {len(lost)} of its weights are missing or have another shape, such "
+             f"as {sorted(lost)[:3]}; unknown ones: {sorted(info['unexpected_keys'])[:2]}")
     return lm, tokenizer
 
 
@@ -164,16 +162,19 @@ def find_fault(lm):
         if not weight.isfinite().all():
             return f"NaN or infinite values in {key}"
     config = lm.config.get_text_config()
+    for key, value in config.to_dict().items():
+        if "jitter" in key and value:
+            return f"the choice of its experts is random in training ({key}): not supported"
     rope = getattr(config, "rope_parameters", None) or {}
     if "'dynamic'" in str(rope):
         return "its positions (dynamic RoPE) depend on the longest row of a batch: not supported"
     if rope.get("rope_type") == "longrope":  # what is cached before is not what is scored then
-        warn(f"{lm.name_or_path}: its positions change in meaning beyond the first "
-             f"{rope['original_max_position_embeddings']}: keep prompt and completion within them")
+        warn(f"{lm.name_or_path}: LongRoPE changes all positions in rows that are longer than "
+             f"{rope['original_max_position_embeddings']}: keep prompt and completion below")
 
-    padding, width = 16, 38
+    padding = 16
     table = lm.get_input_embeddings()
-    ids = torch.arange(2 * width, device=lm.device).view(2, width) % lm.num_tokens
+    ids = torch.arange(76, device=lm.device).view(2, 38) % lm.num_tokens
     embeds = table(ids)  # [2, S, H]
     exists = torch.ones_like(ids, dtype=torch.bool)
     row = embeds[1:, padding:]
@@ -244,7 +245,7 @@ def load_method(policy, name, method):
                   if not key.startswith(("lm.", "table."))}
         wrong = sorted(key for key, _ in found.items() ^ wanted.items())
         if wrong:
-            fail(f"{file}: not the tensors of {method}; these differ: {', '.join(wrong[:3])}")
+            fail(f"{file}: not the tensors of {method}; these differ: {wrong[:3]}")
         policy.load_state_dict(tensors, strict=False)
 
 

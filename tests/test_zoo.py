@@ -113,6 +113,12 @@ def test_an_encoder_is_refused_as_one(tmp_path, capsys):
     assert "an encoder, no causal" in refusal(folder, capsys)
 
 
+def test_a_model_with_noise_of_its_own_in_training_is_refused(tmp_path, capsys):
+    lm = tiny("mixtral", num_local_experts=4, num_key_value_heads=2, router_jitter_noise=0.5)
+    folder = save_folder(tmp_path / "model", lm)
+    assert "random in training (router_jitter_noise)" in refusal(folder, capsys)
+
+
 def test_positions_that_depend_on_the_batch_are_refused_or_come_with_a_warning(tmp_path, capsys):
     rope = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
     folder = save_folder(tmp_path / "dynamic", make_lm(rope_parameters=rope))
@@ -121,7 +127,7 @@ def test_positions_that_depend_on_the_batch_are_refused_or_come_with_a_warning(t
                 long_factor=[2.0] * 4, original_max_position_embeddings=64)
     lm = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     common.load_model(save_folder(tmp_path / "longrope", lm))
-    assert "beyond the first 64" in capsys.readouterr().err
+    assert "longer than 64" in capsys.readouterr().err
 
 
 def test_a_quantised_folder_is_refused_before_its_weights_are_read(tmp_path, capsys):

@@ -1,16 +1,14 @@
 """Pack a pretrained model and some data into a small folder, for a machine without a network.
 
-python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --tests c.jsonl.gz
+python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --test c.jsonl.gz
 
-FOLDER: a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
-few levels and compressed: 135M parameters take 53 MB. The rounding follows GPTQ (arXiv 2210.17323):
-column by column, where the columns that follow make up for the error, as far as the inputs that
-the training problems give are correlated. `unpack` writes a transformers folder again.
+FOLDER is a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
+few levels and coded: 135M parameters take 55 MiB, 3.4 bits each. The rounding is GPTQ's (arXiv
+2210.17323): column by column, where the columns that follow make up for the error, as far as the
+inputs are correlated. They are those that the problems give, so the model is good for them only.
 """
 
 import argparse
-import gzip
-import json
 import random
 import re
 import shutil
@@ -24,25 +22,27 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import encode_prompts, load_model, load_problems
+import hrpo
+from common import encode_prompts, load_model, load_problems, taught_answer
 
 STEPS = [  # distance of two levels as a share of a row's root mean square, by name
     (r"[qk]_proj", 0.36), (r"[vo]_proj", 0.6), (r"", 0.34)]
 USED, RARE = 0.2, 1.0  # the same for embeddings: of tokens in the data, and of all others
 TEXTS, GROUPS = 160, 4  # texts that give the inputs; the layers are rounded in so many groups
-ROWS = 200  # of each test set
 
 
 def is_pack(folder):
     return Path(folder, "model.npz").is_file()
 
 
-def sample_texts(tokenizer, problems):
-    """Ids of prompts with their solutions: what the model will read."""
-    problems = encode_prompts(tokenizer, problems, "####", 512)
-    texts = [" ".join([p["solution"] or "", *(p["steps"] or []), "####", p["answer"]])
-             for p in problems]
-    return [p["prompt_ids"] + tokenizer(text)["input_ids"] for p, text in zip(problems, texts)]
+def encode_texts(source, tokenizer, problems):
+    """Ids of the prompts with their solutions: what the model will read."""
+    cfg = hrpo.parse_config(["--model", source, "--preset", "paper"])
+    texts = []
+    for problem in encode_prompts(tokenizer, problems, cfg):
+        words = [problem["solution"] or "", *(problem["steps"] or []), taught_answer(problem)]
+        texts.append(problem["prompt_ids"] + tokenizer(" ".join(words))["input_ids"])
+    return texts
 
 
 @torch.no_grad()
@@ -78,22 +78,17 @@ def quantise(weight, step, product=None):
     damped = product + 0.01 * product.diagonal().mean() * torch.eye(size)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # row i: how to make up for column i
-    for start in range(0, size, 64):  # by blocks: far columns get the errors of 64 at once
-        block = range(start, min(start + 64, size))
-        errors = torch.empty(len(weight), len(block))
-        for i in block:
-            levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
-            error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
-            weight[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
-            errors[:, i - start] = error
-        weight[:, block.stop :] -= errors @ upper[start : block.stop, block.stop :]
+    for i in range(size):
+        levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
+        error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
+        weight[:, i:] -= error[:, None] * upper[i, i:]
     return levels[:, order.argsort()], scale
 
 
 def pack_model(source, folder, problems):
     """Write model.npz and the small files of a transformers folder."""
     lm, tokenizer = load_model(source)
-    texts = sample_texts(tokenizer, problems)
+    texts = encode_texts(source, tokenizer, problems)
     used = torch.tensor(sorted({i for ids in texts for i in ids}))
     table = lm.get_input_embeddings().weight.data
     levels, scale = quantise(table, RARE)
@@ -146,35 +141,23 @@ def unpack(folder, out):
     return str(out)
 
 
-def pack_rows(problems, path):
-    """Write problems as JSON lines."""
-    keys = ("question", "answer", "steps", "solution")
-    with gzip.open(path, "wt", encoding="utf-8") as f:
-        for problem in problems:
-            row = {key: problem[key] for key in keys if problem[key] is not None}
-            f.write(json.dumps(row) + "\n")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", help="new folder")
-    parser.add_argument("--model", required=True, help="transformers folder")
+    parser.add_argument("--model", required=True, help="transformers folder of a Llama or Qwen")
     parser.add_argument("--train", nargs="+", required=True, help="problem files with steps")
-    parser.add_argument("--tests", nargs="+", required=True, help=f"their first {ROWS} rows go in")
+    parser.add_argument("--test", nargs="+", required=True, help="problem files")
     args = parser.parse_args(argv)
-    folder = Path(args.pack)
-    folder.mkdir(parents=True)
-    train = [row for file in args.train for row in load_problems(file) if row["steps"]]
-    sets = {"train": train}
-    for file in args.tests:
-        sets[Path(file).name.split(".")[0]] = load_problems(file, limit=ROWS)
-    for name, problems in sets.items():
-        pack_rows(problems, folder / f"{name}.jsonl.gz")
-    pack_model(args.model, folder, [row for problems in sets.values() for row in problems])
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size / 2**20:.1f} MiB, of it the weights "
-          f"{(folder / 'model.npz').stat().st_size / 2**20:.1f} MiB")
+    problems = load_problems(",".join(args.train + args.test))
+    for kind, files in (("train", args.train), ("test", args.test)):
+        folder = Path(args.pack, kind)
+        folder.mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, folder)
+    pack_model(args.model, Path(args.pack), problems)
+    size = Path(args.pack, "model.npz").stat().st_size
+    print(f"{args.pack}: weights of {size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ import gpu_pack
 from conftest import make_lm, save_folder
 from gpu_run import ROOT
 
-from common import arithmetic_problems
-
 STARTS = [  # name, script, flags
     ("SFT", "hyrea", "--stage sft --max_replaced_steps 0 --sft_steps 400 --sft_rounds 1 "
                      "--sft_batch 32 --sft_lr 2e-4"),
@@ -100,26 +98,22 @@ def tell_training(facts, name, rows):
                peak_gib=over(last, "peak_mem_gib", max))
 
 
-def find_data(place, args):
-    """-> training file, test files."""
-    folder = Path(args.data) if args.data else place / "data"
+def find_data(args):
+    """-> training sets, test sets: names with commas."""
     if args.small and not args.data:
-        folder.mkdir()
-        for name in ("train", "one", "two"):
-            rows = arithmetic_problems("arithmetic:2", "train" if name == "train" else "test", 40)
-            gpu_pack.pack_rows(rows, folder / f"{name}.jsonl.gz")
-    files = sorted(folder.glob("*.jsonl.gz"))
-    train = folder / "train.jsonl.gz"
-    if train not in files or len(files) < 2:
-        raise SystemExit(f"--data {folder}: want train.jsonl.gz and test sets, *.jsonl.gz")
-    return train, [file for file in files if file != train]
+        return "arithmetic:2", "arithmetic:2,arithmetic:3"
+    found = [",".join(map(str, sorted(Path(args.data, kind).glob("*.jsonl*"))))
+             for kind in ("train", "test")]
+    if not all(found):
+        raise SystemExit(f"--data {args.data}: want train/*.jsonl.gz and test/*.jsonl.gz in it")
+    return found
 
 
 def real(facts, device, place, deadline, args):
     """Starts, then methods, then evaluations; each of these at the same time as its like."""
     begin = time.time()
     until = {stage: begin + share * (deadline - begin) for stage, share in SHARES.items()}
-    train, tests = find_data(place, args)
+    train, tests = find_data(args)
     model = args.model
     if args.small and not model:
         model = save_folder(place / "model", make_lm())
@@ -128,7 +122,7 @@ def real(facts, device, place, deadline, args):
     if gpu_pack.is_pack(model):
         model = gpu_pack.unpack(model, place / "model")
     outs = {name: place / name for name, *_ in [*STARTS, *METHODS]}
-    given = ["--device", device, "--train", train, "--eval_data", tests[0]]
+    given = ["--device", device, "--train", train, "--eval_data", tests]
 
     def job_of(name, start, script, flags, stage):
         log = place / f"{name}.log"
@@ -145,11 +139,11 @@ def real(facts, device, place, deadline, args):
     end(facts, jobs, until["rl"])
     for name in jobs:
         facts.attempt(name, tell_training, facts, name, train_rows(outs[name]))
-    data, jobs = ",".join(map(str, tests)), {}
+    jobs = {}
     for name, out in outs.items():
         log = place / f"{name}.eval.log"
-        argv = [out, "--data", data, "--limit", 200, "--eval_batch", 200, "--device", device,
-                "--out", place / "results" / name]
+        argv = [out, "--data", tests, "--limit", 8 if args.small else 200, "--eval_batch", 200,
+                "--device", device, "--out", place / "results" / name]
         jobs[name] = launch("eval", argv, log), log
     end(facts, jobs, deadline)
     for name in outs:

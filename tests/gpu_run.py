@@ -39,10 +39,12 @@ learns:
 
 ```bash
 python tests/convert_smollm2.py SMOLLM2
-python tests/gpu_pack.py PACK --model SMOLLM2 --train a.jsonl.gz --tests svamp.jsonl.gz
+python tests/gpu_pack.py PACK --model SMOLLM2 --train a.jsonl.gz --test svamp.jsonl.gz
 python tests/gpu_run.py --out FOLDER --model PACK --data PACK
-python tests/gpu_run.py --report FOLDER > docs/gpu.md
+python tests/gpu_run.py --report FOLDER
 ```
+
+The last one prints this page.
 """
 
 

@@ -9,6 +9,7 @@ inputs are correlated. They are those that the problems give, so the model is go
 """
 
 import argparse
+import math
 import random
 import re
 import shutil
@@ -29,10 +30,6 @@ STEPS = [  # distance of two levels as a share of a row's root mean square, by n
     (r"[qk]_proj", 0.36), (r"[vo]_proj", 0.6), (r"", 0.34)]
 USED, RARE = 0.2, 1.0  # the same for embeddings: of tokens in the data, and of all others
 TEXTS, GROUPS = 160, 4  # texts that give the inputs; the layers are rounded in so many groups
-
-
-def is_pack(folder):
-    return Path(folder, "model.npz").is_file()
 
 
 def encode_texts(source, tokenizer, problems):
@@ -73,12 +70,11 @@ def quantise(weight, step, product=None):
         return (weight / unit[:, None]).round().clamp(-127, 127).to(torch.int8), scale
     order = product.diagonal().argsort(descending=True)  # large inputs first: most can follow
     weight, product = weight[:, order], product[order][:, order]
-    size = len(order)
     levels = torch.empty_like(weight, dtype=torch.int8)
-    damped = product + 0.01 * product.diagonal().mean() * torch.eye(size)
+    damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(order))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # row i: how to make up for column i
-    for i in range(size):
+    for i in range(len(order)):
         levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
         error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
         weight[:, i:] -= error[:, None] * upper[i, i:]
@@ -86,50 +82,43 @@ def quantise(weight, step, product=None):
 
 
 def pack_model(source, folder, problems):
-    """Write model.npz and the small files of a transformers folder."""
+    """Write model.npz and the small files of a transformers folder; the head must be tied."""
     lm, tokenizer = load_model(source)
     texts = encode_texts(source, tokenizer, problems)
     used = torch.tensor(sorted({i for ids in texts for i in ids}))
-    table = lm.get_input_embeddings().weight.data
-    levels, scale = quantise(table, RARE)
-    levels[used], scale[used] = quantise(table[used], USED)
-    arrays = {name: value.numpy() for name, value in lm.state_dict().items() if value.dim() == 1}
-    store(arrays, "model.embed_tokens.weight", levels, scale)
-    table.copy_(levels * scale[:, None])
-    linears = {m: n for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
-    linears = {m: n for m, n in linears.items() if m.weight.data_ptr() != table.data_ptr()}
     chosen = random.Random(0).sample(texts, min(TEXTS, len(texts)))
-    group = -(-len(linears) // GROUPS)
-    for start in range(0, len(linears), group):  # the inputs are those that rounded layers give
-        part = [*linears][start : start + group]
-        for linear, product in input_products(lm, part, chosen).items():
-            name = f"{linears[linear]}.weight"
+    arrays = {name: value.numpy() for name, value in lm.state_dict().items() if value.dim() == 1}
+
+    def replace(module, name, levels, scale):
+        """Store a rounded weight, and let the model go on with it."""
+        coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)  # close to the entropy
+        data = coder.compress(levels.numpy().tobytes()) + coder.flush()
+        arrays[name], arrays[f"{name}:scale"] = np.frombuffer(data, np.uint8), scale.numpy()
+        module.weight.data.copy_(levels * scale[:, None])
+
+    table = lm.get_input_embeddings()
+    levels, scale = quantise(table.weight.data, RARE)
+    levels[used], scale[used] = quantise(table.weight.data[used], USED)
+    replace(table, "model.embed_tokens.weight", levels, scale)
+    linears = [(n, m) for n, m in lm.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    size = math.ceil(len(linears) / GROUPS)
+    for start in range(0, len(linears), size):  # in order: the inputs come from rounded layers
+        part = dict(linears[start : start + size])
+        products = input_products(lm, part.values(), chosen)
+        for name, linear in part.items():
             step = next(step for pattern, step in STEPS if re.search(pattern, name))
-            levels, scale = quantise(linear.weight.data, step, product)
-            store(arrays, name, levels, scale)
-            linear.weight.data.copy_(levels * scale[:, None])
+            rounded = quantise(linear.weight.data, step, products[linear])
+            replace(linear, f"model.{name}.weight", *rounded)
     np.savez(folder / "model.npz", **arrays)
-    copy_small_files(source, folder)
-
-
-def store(arrays, name, levels, scale):
-    """Add the bytes of the levels after Huffman coding, close to their entropy, and the scales."""
-    coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-    data = coder.compress(levels.numpy().tobytes()) + coder.flush()
-    arrays[name], arrays[f"{name}:scale"] = np.frombuffer(data, np.uint8), scale.numpy()
-
-
-def copy_small_files(source, folder):
-    """Config, tokenizer, chat template."""
-    for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja"):
-            shutil.copy(file, folder)
+    weights = shutil.ignore_patterns("*.safetensors*", "*.bin")
+    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def unpack(folder, out):
-    """Write the transformers folder of a pack to `out` -> its path as text."""
-    out.mkdir()
-    copy_small_files(folder, out)
+    """Write the transformers folder of a pack to `out` -> its path; a model as it is -> itself."""
+    if not Path(folder, "model.npz").is_file():
+        return folder
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.npz", "train", "test"))
     arrays = dict(np.load(Path(folder, "model.npz")))
     for name in [name for name in arrays if name.endswith(":scale")]:
         scale = arrays.pop(name).astype(np.float32)[:, None]
@@ -142,22 +131,18 @@ def unpack(folder, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pack", help="new folder")
     parser.add_argument("--model", required=True, help="transformers folder of a Llama or Qwen")
     parser.add_argument("--train", nargs="+", required=True, help="problem files with steps")
     parser.add_argument("--test", nargs="+", required=True, help="problem files")
     args = parser.parse_args(argv)
-    problems = load_problems(",".join(args.train + args.test))
     for kind, files in (("train", args.train), ("test", args.test)):
         folder = Path(args.pack, kind)
         folder.mkdir(parents=True)
         for file in files:
             shutil.copy(file, folder)
-    pack_model(args.model, Path(args.pack), problems)
-    size = Path(args.pack, "model.npz").stat().st_size
-    print(f"{args.pack}: weights of {size / 2**20:.1f} MiB")
+    pack_model(args.model, Path(args.pack), load_problems(",".join(args.train + args.test)))
 
 
 if __name__ == "__main__":

@@ -119,8 +119,7 @@ def real(facts, device, place, deadline, args):
         model = save_folder(place / "model", make_lm())
     if not model:
         raise SystemExit("--model: name a pack or a model")
-    if gpu_pack.is_pack(model):
-        model = gpu_pack.unpack(model, place / "model")
+    model = gpu_pack.unpack(model, place / "unpacked")
     outs = {name: place / name for name, *_ in [*STARTS, *METHODS]}
     given = ["--device", device, "--train", train, "--eval_data", tests]
 

@@ -179,6 +179,9 @@ def report(folder):
     pages = ["# Measured on a GPU\n"]
     if not facts:
         pages.append(NOTHING)
+    checks = [fact["ok"] for fact in facts if "ok" in fact]
+    if checks:
+        pages.append(f"{sum(checks)} of {len(checks)} checks hold.\n")
     tables = {}  # {(part, table): rows}, in the order of their first facts
     for fact in facts:
         rows = tables.setdefault((fact.pop("part"), fact.pop("table")), [])

@@ -33,7 +33,8 @@ RL = "--steps 300 --warmup_steps 5 --num_prompts 32 --group_size 8 --lr 5e-6"
 SMALL = {"start": "--dtype float32 --max_completion_length 12 --sft_steps 4 --sft_batch 4",
          "rl": "--dtype float32 --max_completion_length 12 --steps 3 --num_prompts 2 "
                "--group_size 2"}
-SHARES = {"start": 0.35, "rl": 0.8}  # of the time, until this stage has to end
+SHARES = {"start": 0.35, "rl": 0.75}  # of the time, until this stage makes no more updates
+SAVING = 20  # seconds that a run may take to save, after its last update
 
 
 def launch(script, argv, log):
@@ -63,15 +64,16 @@ def end(facts, jobs, until):
     for name, (job, log) in jobs.items():
         if job.wait() not in (0, 128 + signal.SIGTERM):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print(*lines[-30:], sep="\n", flush=True)
             facts.failed(name, f"ended with code {job.returncode}: {' '.join(lines[-1:])}")
 
 
 def train_equally(jobs, outs, until):
     """Stop each job after as many updates as the slowest one can make until then."""
     goal = None
-    while any(job.poll() is None for job, _ in jobs.values()) and time.time() < until + 10:
+    while any(job.poll() is None for job, _ in jobs.values()) and time.time() < until:
         time.sleep(0.1)
-        logged = {name: train_rows(outs[name]) for name in jobs if jobs[name][0].poll() != 1}
+        logged = {name: train_rows(outs[name]) for name in jobs if not jobs[name][0].poll()}
         done = {name: len(rows) for name, rows in logged.items()}
         if goal is None and min(done.values(), default=0) >= 3:
             slowest = max(statistics.median(r["seconds"] for r in rows) for rows in logged.values())
@@ -135,7 +137,7 @@ def real(facts, device, place, deadline, args):
     jobs = {name: job_of(name, outs[start], script, f"{RL} {flags}", "rl")
             for name, start, script, flags in METHODS}
     train_equally(jobs, outs, until["rl"])
-    end(facts, jobs, until["rl"])
+    end(facts, jobs, until["rl"] + SAVING)
     for name in jobs:
         facts.attempt(name, tell_training, facts, name, train_rows(outs[name]))
     jobs = {}

@@ -88,7 +88,8 @@ def test_the_report_shows_each_table_and_leaves_out_a_torn_line(tmp_path):
     with open(tmp_path / "gpu.jsonl", "a", encoding="utf-8") as f:
         f.write('{"part": "update", "tab')
     text = gpu_run.report(tmp_path)
-    assert "\n0 of 1 checks hold." in text and text.count("| X |") == 1
+    assert text.startswith("# Run on a CPU") and "\n0 of 1 checks hold." in text
+    assert text.count("| X |") == 1
     assert "| a b | ok | c |" in text and "commands" not in text
     assert "| 0.123 | **no** |  |" in text and "|  |  | 2 |" in text
 

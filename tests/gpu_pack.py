@@ -1,16 +1,15 @@
 """Pack a pretrained model and some data into a small folder, for a machine without a network.
 
-python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --tests c.jsonl.gz
+python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --test c.jsonl.gz
 
-FOLDER: a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
-few levels and compressed: 135M parameters take 53 MB. The rounding follows GPTQ (arXiv 2210.17323):
-column by column, where the columns that follow make up for the error, as far as the inputs that
-the training problems give are correlated. `unpack` writes a transformers folder again.
+FOLDER is a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
+few levels and coded: 135M parameters take 55 MiB, 3.4 bits each. The rounding is GPTQ's (arXiv
+2210.17323): column by column, where the columns that follow make up for the error, as far as the
+inputs are correlated. They are those that the problems give, so the model is good for them only.
 """
 
 import argparse
-import gzip
-import json
+import math
 import random
 import re
 import shutil
@@ -25,26 +24,22 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import hrpo
-from common import encode_prompts, load_model, load_problems
+from common import encode_prompts, load_model, load_problems, taught_answer
 
 STEPS = [  # distance of two levels as a share of a row's root mean square, by name
     (r"[qk]_proj", 0.36), (r"[vo]_proj", 0.6), (r"", 0.34)]
 USED, RARE = 0.2, 1.0  # the same for embeddings: of tokens in the data, and of all others
 TEXTS, GROUPS = 160, 4  # texts that give the inputs; the layers are rounded in so many groups
-ROWS = 200  # of each test set
 
 
-def is_pack(folder):
-    return Path(folder, "model.npz").is_file()
-
-
-def sample_texts(tokenizer, problems):
-    """Ids of prompts with their solutions: what the model will read."""
-    cfg = hrpo.parse_config(["--preset", "paper", "--max_prompt_length", "512"])
-    problems = encode_prompts(tokenizer, problems, cfg)
-    texts = [" ".join([p["solution"] or "", *(p["steps"] or []), "####", p["answer"]])
-             for p in problems]
-    return [p["prompt_ids"] + tokenizer(text)["input_ids"] for p, text in zip(problems, texts)]
+def encode_texts(source, tokenizer, problems):
+    """Ids of the prompts with their solutions: what the model will read."""
+    cfg = hrpo.parse_config(["--model", source, "--preset", "paper"])
+    texts = []
+    for problem in encode_prompts(tokenizer, problems, cfg):
+        words = [problem["solution"] or "", *(problem["steps"] or []), taught_answer(problem)]
+        texts.append(problem["prompt_ids"] + tokenizer(" ".join(words))["input_ids"])
+    return texts
 
 
 @torch.no_grad()
@@ -75,68 +70,55 @@ def quantise(weight, step, product=None):
         return (weight / unit[:, None]).round().clamp(-127, 127).to(torch.int8), scale
     order = product.diagonal().argsort(descending=True)  # large inputs first: most can follow
     weight, product = weight[:, order], product[order][:, order]
-    size = len(order)
     levels = torch.empty_like(weight, dtype=torch.int8)
-    damped = product + 0.01 * product.diagonal().mean() * torch.eye(size)
+    damped = product + 0.01 * product.diagonal().mean() * torch.eye(len(order))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # row i: how to make up for column i
-    for start in range(0, size, 64):  # by blocks: far columns get the errors of 64 at once
-        block = range(start, min(start + 64, size))
-        errors = torch.empty(len(weight), len(block))
-        for i in block:
-            levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
-            error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
-            weight[:, i : block.stop] -= error[:, None] * upper[i, i : block.stop]
-            errors[:, i - start] = error
-        weight[:, block.stop :] -= errors @ upper[start : block.stop, block.stop :]
+    for i in range(len(order)):
+        levels[:, i] = (weight[:, i] / unit).round().clamp(-127, 127)
+        error = (weight[:, i] - levels[:, i] * unit) / upper[i, i]
+        weight[:, i:] -= error[:, None] * upper[i, i:]
     return levels[:, order.argsort()], scale
 
 
 def pack_model(source, folder, problems):
-    """Write model.npz and the small files of a transformers folder."""
+    """Write model.npz and the small files of a transformers folder; the head must be tied."""
     lm, tokenizer = load_model(source)
-    texts = sample_texts(tokenizer, problems)
+    texts = encode_texts(source, tokenizer, problems)
     used = torch.tensor(sorted({i for ids in texts for i in ids}))
-    table = lm.get_input_embeddings().weight.data
-    levels, scale = quantise(table, RARE)
-    levels[used], scale[used] = quantise(table[used], USED)
-    arrays = {name: value.numpy() for name, value in lm.state_dict().items() if value.dim() == 1}
-    store(arrays, "model.embed_tokens.weight", levels, scale)
-    table.copy_(levels * scale[:, None])
-    linears = {m: n for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
-    linears = {m: n for m, n in linears.items() if m.weight.data_ptr() != table.data_ptr()}
     chosen = random.Random(0).sample(texts, min(TEXTS, len(texts)))
-    group = -(-len(linears) // GROUPS)
-    for start in range(0, len(linears), group):  # the inputs are those that rounded layers give
-        part = [*linears][start : start + group]
-        for linear, product in input_products(lm, part, chosen).items():
-            name = f"{linears[linear]}.weight"
+    arrays = {name: value.numpy() for name, value in lm.state_dict().items() if value.dim() == 1}
+
+    def replace(module, name, levels, scale):
+        """Store a rounded weight, and let the model go on with it."""
+        coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)  # close to the entropy
+        data = coder.compress(levels.numpy().tobytes()) + coder.flush()
+        arrays[name], arrays[f"{name}:scale"] = np.frombuffer(data, np.uint8), scale.numpy()
+        module.weight.data.copy_(levels * scale[:, None])
+
+    table = lm.get_input_embeddings()
+    levels, scale = quantise(table.weight.data, RARE)
+    levels[used], scale[used] = quantise(table.weight.data[used], USED)
+    replace(table, "model.embed_tokens.weight", levels, scale)
+    linears = [(n, m) for n, m in lm.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    size = math.ceil(len(linears) / GROUPS)
+    for start in range(0, len(linears), size):  # in order: the inputs come from rounded layers
+        part = dict(linears[start : start + size])
+        products = input_products(lm, part.values(), chosen)
+        for name, linear in part.items():
             step = next(step for pattern, step in STEPS if re.search(pattern, name))
-            levels, scale = quantise(linear.weight.data, step, product)
-            store(arrays, name, levels, scale)
-            linear.weight.data.copy_(levels * scale[:, None])
+            rounded = quantise(linear.weight.data, step, products[linear])
+            replace(linear, f"model.{name}.weight", *rounded)
     np.savez(folder / "model.npz", **arrays)
-    copy_small_files(source, folder)
-
-
-def store(arrays, name, levels, scale):
-    """Add the bytes of the levels after Huffman coding, close to their entropy, and the scales."""
-    coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-    data = coder.compress(levels.numpy().tobytes()) + coder.flush()
-    arrays[name], arrays[f"{name}:scale"] = np.frombuffer(data, np.uint8), scale.numpy()
-
-
-def copy_small_files(source, folder):
-    """Config, tokenizer, chat template."""
-    for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja"):
-            shutil.copy(file, folder)
+    weights = shutil.ignore_patterns("*.safetensors*", "*.bin")
+    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def unpack(folder, out):
-    """Write the transformers folder of a pack to `out` -> its path as text."""
-    out.mkdir()
-    copy_small_files(folder, out)
+    """Write the transformers folder of a pack to `out` -> its path; a model as it is -> itself."""
+    if not Path(folder, "model.npz").is_file():
+        return folder
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.npz", "train", "test"))
     arrays = dict(np.load(Path(folder, "model.npz")))
     for name in [name for name in arrays if name.endswith(":scale")]:
         scale = arrays.pop(name).astype(np.float32)[:, None]
@@ -148,35 +130,19 @@ def unpack(folder, out):
     return str(out)
 
 
-def pack_rows(problems, path):
-    """Write problems as JSON lines."""
-    keys = ("question", "answer", "steps", "solution")
-    with gzip.open(path, "wt", encoding="utf-8") as f:
-        for problem in problems:
-            row = {key: problem[key] for key in keys if problem[key] is not None}
-            f.write(json.dumps(row) + "\n")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pack", help="new folder")
-    parser.add_argument("--model", required=True, help="transformers folder")
+    parser.add_argument("--model", required=True, help="transformers folder of a Llama or Qwen")
     parser.add_argument("--train", nargs="+", required=True, help="problem files with steps")
-    parser.add_argument("--tests", nargs="+", required=True, help=f"their first {ROWS} rows go in")
+    parser.add_argument("--test", nargs="+", required=True, help="problem files")
     args = parser.parse_args(argv)
-    folder = Path(args.pack)
-    folder.mkdir(parents=True)
-    train = [row for file in args.train for row in load_problems(file) if row["steps"]]
-    sets = {"train": train}
-    for file in args.tests:
-        sets[Path(file).name.split(".")[0]] = load_problems(file, limit=ROWS)
-    for name, problems in sets.items():
-        pack_rows(problems, folder / f"{name}.jsonl.gz")
-    pack_model(args.model, folder, [row for problems in sets.values() for row in problems])
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size / 2**20:.1f} MiB, of it the weights "
-          f"{(folder / 'model.npz').stat().st_size / 2**20:.1f} MiB")
+    for kind, files in (("train", args.train), ("test", args.test)):
+        folder = Path(args.pack, kind)
+        folder.mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, folder)
+    pack_model(args.model, Path(args.pack), load_problems(",".join(args.train + args.test)))
 
 
 if __name__ == "__main__":

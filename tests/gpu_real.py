@@ -17,8 +17,6 @@ import gpu_pack
 from conftest import make_lm, save_folder
 from gpu_run import ROOT
 
-from common import arithmetic_problems
-
 STARTS = [  # name, script, flags
     ("SFT", "hyrea", "--stage sft --max_replaced_steps 0 --sft_steps 400 --sft_rounds 1 "
                      "--sft_batch 32 --sft_lr 2e-4"),
@@ -35,7 +33,8 @@ RL = "--steps 300 --warmup_steps 5 --num_prompts 32 --group_size 8 --lr 5e-6"
 SMALL = {"start": "--dtype float32 --max_completion_length 12 --sft_steps 4 --sft_batch 4",
          "rl": "--dtype float32 --max_completion_length 12 --steps 3 --num_prompts 2 "
                "--group_size 2"}
-SHARES = {"start": 0.35, "rl": 0.8}  # of the time, until this stage has to end
+SHARES = {"start": 0.35, "rl": 0.75}  # of the time, until this stage makes no more updates
+SAVING = 20  # seconds that a run may take to save, after its last update
 
 
 def launch(script, argv, log):
@@ -65,15 +64,16 @@ def end(facts, jobs, until):
     for name, (job, log) in jobs.items():
         if job.wait() not in (0, 128 + signal.SIGTERM):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print(*lines[-30:], sep="\n", flush=True)
             facts.failed(name, f"ended with code {job.returncode}: {' '.join(lines[-1:])}")
 
 
 def train_equally(jobs, outs, until):
     """Stop each job after as many updates as the slowest one can make until then."""
     goal = None
-    while any(job.poll() is None for job, _ in jobs.values()) and time.time() < until + 10:
+    while any(job.poll() is None for job, _ in jobs.values()) and time.time() < until:
         time.sleep(0.1)
-        logged = {name: train_rows(outs[name]) for name in jobs if jobs[name][0].poll() != 1}
+        logged = {name: train_rows(outs[name]) for name in jobs if not jobs[name][0].poll()}
         done = {name: len(rows) for name, rows in logged.items()}
         if goal is None and min(done.values(), default=0) >= 3:
             slowest = max(statistics.median(r["seconds"] for r in rows) for rows in logged.values())
@@ -100,35 +100,30 @@ def tell_training(facts, name, rows):
                peak_gib=over(last, "peak_mem_gib", max))
 
 
-def find_data(place, args):
-    """-> training file, test files."""
-    folder = Path(args.data) if args.data else place / "data"
+def find_data(args):
+    """-> training sets, test sets: names with commas."""
     if args.small and not args.data:
-        folder.mkdir()
-        for name in ("train", "one", "two"):
-            rows = arithmetic_problems("arithmetic:2", "train" if name == "train" else "test", 40)
-            gpu_pack.pack_rows(rows, folder / f"{name}.jsonl.gz")
-    files = sorted(folder.glob("*.jsonl.gz"))
-    train = folder / "train.jsonl.gz"
-    if train not in files or len(files) < 2:
-        raise SystemExit(f"--data {folder}: want train.jsonl.gz and test sets, *.jsonl.gz")
-    return train, [file for file in files if file != train]
+        return "arithmetic:2", "arithmetic:2,arithmetic:3"
+    found = [",".join(map(str, sorted(Path(args.data, kind).glob("*.jsonl*"))))
+             for kind in ("train", "test")]
+    if not all(found):
+        raise SystemExit(f"--data {args.data}: want train/*.jsonl.gz and test/*.jsonl.gz in it")
+    return found
 
 
 def real(facts, device, place, deadline, args):
     """Starts, then methods, then evaluations; each of these at the same time as its like."""
     begin = time.time()
     until = {stage: begin + share * (deadline - begin) for stage, share in SHARES.items()}
-    train, tests = find_data(place, args)
+    train, tests = find_data(args)
     model = args.model
     if args.small and not model:
         model = save_folder(place / "model", make_lm())
     if not model:
         raise SystemExit("--model: name a pack or a model")
-    if gpu_pack.is_pack(model):
-        model = gpu_pack.unpack(model, place / "model")
+    model = gpu_pack.unpack(model, place / "unpacked")
     outs = {name: place / name for name, *_ in [*STARTS, *METHODS]}
-    given = ["--device", device, "--train", train, "--eval_data", tests[0]]
+    given = ["--device", device, "--train", train, "--eval_data", tests]
 
     def job_of(name, start, script, flags, stage):
         log = place / f"{name}.log"
@@ -142,14 +137,14 @@ def real(facts, device, place, deadline, args):
     jobs = {name: job_of(name, outs[start], script, f"{RL} {flags}", "rl")
             for name, start, script, flags in METHODS}
     train_equally(jobs, outs, until["rl"])
-    end(facts, jobs, until["rl"])
+    end(facts, jobs, until["rl"] + SAVING)
     for name in jobs:
         facts.attempt(name, tell_training, facts, name, train_rows(outs[name]))
-    data, jobs = ",".join(map(str, tests)), {}
+    jobs = {}
     for name, out in outs.items():
         log = place / f"{name}.eval.log"
-        argv = [out, "--data", data, "--limit", 200, "--eval_batch", 200, "--device", device,
-                "--out", place / "results" / name]
+        argv = [out, "--data", tests, "--limit", 8 if args.small else 200, "--eval_batch", 200,
+                "--device", device, "--out", place / "results" / name]
         jobs[name] = launch("eval", argv, log), log
     end(facts, jobs, deadline)
     for name in outs:

@@ -120,6 +120,7 @@ def start(server, name, argv, log, change="", code=0):
     process.join()
     lines = log.read_text(encoding="utf-8").splitlines()
     if process.exitcode != code:
+        print(*lines[-30:], sep="\n", flush=True)
         raise RuntimeError(f"{name} ended with {process.exitcode}, not {code}: {lines[-1:]}")
     return lines
 
@@ -158,7 +159,8 @@ class Runs:
     def compare_evaluation(self, method, more):
         """`twice`, and eval.py on that checkpoint gives what the run itself logged about it."""
         whole = self.twice(method, more)
-        argv = [whole, "--data", "arithmetic:2", "--limit", 32, "--out", f"{whole}-results"]
+        argv = [whole, "--data", "arithmetic:2", "--limit", 32, "--device", self.device,
+                "--out", f"{whole}-results"]
         start(self.server, "eval", argv, Path(f"{whole}.eval.log"))
         file, = Path(f"{whole}-results").glob("*.json")
         row, own = json.loads(file.read_text(encoding="utf-8")), rows(whole, "eval")[-1]

@@ -2,7 +2,7 @@
 
 python tests/gpu_run.py --out FOLDER --model PACK --data PACK    # PACK: made by tests/gpu_pack.py
 python tests/gpu_run.py --out FOLDER --small                     # the same on a CPU, two minutes
-python tests/gpu_run.py --report FOLDER > docs/gpu.md            # tables of FOLDER/gpu.jsonl
+python tests/gpu_run.py --report docs > docs/gpu.md              # tables of docs/gpu.jsonl
 
 right   replay, resume, determinism, NaN, memory and eval.py on the GPU    tests/gpu_right.py
 decode  tokens a second of rollouts against `generate`                     tests/gpu_speed.py
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -39,10 +40,13 @@ learns:
 
 ```bash
 python tests/convert_smollm2.py SMOLLM2
-python tests/gpu_pack.py PACK --model SMOLLM2 --train a.jsonl.gz --tests svamp.jsonl.gz
+python tests/gpu_pack.py PACK --model SMOLLM2 --train a.jsonl.gz --test svamp.jsonl.gz
 python tests/gpu_run.py --out FOLDER --model PACK --data PACK
-python tests/gpu_run.py --report FOLDER > docs/gpu.md
+cp FOLDER/gpu.jsonl docs
+python tests/gpu_run.py --report docs
 ```
+
+The last one prints this page.
 """
 
 
@@ -71,17 +75,25 @@ class Facts:
         try:
             return function(*args)
         except Exception as error:  # whatever it is, the checks after it still run
+            traceback.print_exc()
             self.failed(where, error)
 
 
-def machine(device):
+def find_commit():
+    """The commit of this repository, with a sign that files differ from it; "" without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def machine(device, commit):
     """What a reader must know about the machine, the software and the code."""
     import torch
     import transformers
 
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"device": platform.machine(), "commit": commit or "unknown"}
+    found = {"device": platform.machine(), "commit": commit}
     if device == "cuda":
         found["device"] = torch.cuda.get_device_name()
         found["gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
@@ -119,8 +131,8 @@ def run_part(part, command, limit, out):
 
 def command(part, limit, args):
     """How to start the process of a part."""
-    options = ["--out", str(Path(args.out).resolve()), "--part", part, "--seconds", str(limit)]
-    options += ["--model", args.model, "--data", args.data] + ["--small"] * args.small
+    options = ["--part", part, "--seconds", str(limit), "--out", args.out, "--data", args.data,
+               "--model", args.model, "--commit", args.commit, *["--small"] * args.small]
     return [sys.executable, __file__, *options]
 
 
@@ -142,7 +154,7 @@ def be_part(args):
     facts = Facts(Path(args.out, "gpu.jsonl"), args.part)
     if device == "cpu" and not args.small:
         raise SystemExit("there is no GPU; --small runs on a CPU")
-    Facts(facts.path, "machine").tell("machine", **machine(device))
+    Facts(facts.path, "machine").tell("machine", **machine(device, args.commit))
     module = import_module(MODULES[args.part])
     with tempfile.TemporaryDirectory() as place:  # run folders, models: too large to bring home
         deadline = time.time() + float(args.seconds) - 5
@@ -174,9 +186,13 @@ def report(folder):
     path = Path(folder, "gpu.jsonl")
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     facts = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-    pages = ["# Measured on a GPU\n"]
+    on_cpu = facts and not any("gib" in fact for fact in facts)
+    pages = ["# Run on a CPU: it measures nothing\n" if on_cpu else "# Measured on a GPU\n"]
     if not facts:
         pages.append(NOTHING)
+    checks = [fact["ok"] for fact in facts if "ok" in fact]
+    if checks:
+        pages.append(f"{sum(checks)} of {len(checks)} checks hold.\n")
     tables = {}  # {(part, table): rows}, in the order of their first facts
     for fact in facts:
         rows = tables.setdefault((fact.pop("part"), fact.pop("table")), [])
@@ -197,7 +213,8 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder for gpu.jsonl and the logs")
     parser.add_argument("--model", default="", help="a pack, or a model that load_model reads")
-    parser.add_argument("--data", default="", help="a folder with train.jsonl.gz and test sets")
+    parser.add_argument("--data", default="", help="a pack, or a folder with train/ and test/")
+    parser.add_argument("--commit", default=find_commit(), help="what runs (git's answer)")
     parser.add_argument("--minutes", type=float, default=8, help="for all parts (8)")
     parser.add_argument("--only", nargs="+", default=[*LIMITS], choices=LIMITS, metavar="PART")
     parser.add_argument("--small", action="store_true", help="the same on a CPU, with tiny models")
@@ -209,6 +226,10 @@ def main(argv=None):
         return print(report(args.report), end="")
     if not args.out:
         parser.error("name --out FOLDER, or --report FOLDER")
+    for name in ("out", "model", "data"):  # parts run in the root of the repository
+        path = getattr(args, name)
+        if path and (name == "out" or Path(path).exists()):
+            setattr(args, name, str(Path(path).resolve()))
     return be_part(args) if args.part else run_parts(args)
 
 

@@ -82,6 +82,7 @@ class Config:
     # the method
     stage: str = "all"  # sft: cold start, rl: from one (--model its folder), all: both [alg. 1]
     max_replaced_steps: int = 3  # steps a chain may lose, S [alg. 1; value ours]; 0 = no latents
+    max_replaced_share: float = 1.0  # nor more than this share of its steps, rounded down [ours]
     latents_per_step: int = 1  # latents for each replaced step, c [sec. 3.1]; 8 fails [fig. 7]
     replace: str = "entropy"  # or random [tab. 2]; all: in order [ours]; block: one span [tab. 1]
     merge_spans: bool = False  # neighbours share one span of several latents [sec. 5.1]
@@ -703,8 +704,10 @@ def sft_examples(chosen, policy, k, cfg):
     rows = []
     for problem, values in zip(chosen, entropies):
         num_low = sum(value < bound for value in values)
+        most = int(cfg.max_replaced_share * len(values))
         rng = make_rng("cpu", cfg.seed, "replace", problem["question"])
-        steps = replace_steps(problem["steps_ids"], values, min(k, num_low), cfg.replace, rng)
+        number = min(k, num_low, most)
+        steps = replace_steps(problem["steps_ids"], values, number, cfg.replace, rng)
         row = []
         for step in steps:
             if step is None and cfg.merge_spans and row[-1:] == [policy.end_id]:

@@ -541,14 +541,15 @@ ATOM = (r"(?:[$€£]?(?:\d+(?:[.,]\d+)*|\.\d+)[%!]?"  # 3, 1,000, .5, $2.50, 20
 UNIT = r"(?:[ ][A-Za-z]+(?=[ \t]*[-+*/=.,;\n]|$))?"  # apples in 3 apples + 4
 OPERATOR = r"(?:[-+*/^_×÷·−]|\\(?:times|cdot|div|pm)|x(?=[ ]))"
 SIDE = rf"[-+−]?{ATOM}++{UNIT}(?:[ \t]*{OPERATOR}[ \t]*[-+−]?{ATOM}++{UNIT})*+"
-MATHS = re.compile(
-    r"[ \t]*(?:\\\[.*?\\\]|\\\(.*?\\\)|\$\$.*?\$\$|\\begin\{(\w+\*?)\}.*?\\end\{\1\}"
+MATHS = re.compile(  # without `=` it is no equation; its terms are read here, once, all the same
+    r"(?<![ \t])[ \t]*+(?:\\\[.{0,5000}?\\\]|\\\(.{0,5000}?\\\)|\$\$.{0,5000}?\$\$"
+    r"|\\begin\{(\w+\*?)\}.{0,5000}?\\end\{\1\}"
     r"|\$(?=\S)[^$\n]*?=[^$\n]*(?<=\S)\$(?!\d)"  # a $ before a digit is money
-    rf"|(?<![\w.]){SIDE}(?:[ \t]*&?=[ \t]*{SIDE})++)[.,;:!?)]*(?:\s*\n)?", re.S)
+    rf"|(?<![\w.]){SIDE}(?:[ \t]*&?=[ \t]*{SIDE})*+)[.,;:!?)]*(?:\s*\n)?", re.S)
 ROW = re.compile(r"(?<=\\\\)(?=(?:(?!\\\\).)*=)", re.S)  # before a row of align with `=`
 SENTENCE = re.compile(
     r"(?:\b(?:e\.g|i\.e|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|approx|(?:No|Nr|Fig|Eq|Sec)(?=\.\s*\d))\."
-    r"|.)*?(?:\.?\s*\n|\.(?=\s|$)|$)", re.S)
+    r"|[^\S\n]++|.)*?(?:\.?\s*\n|\.(?=\s|$)|$)", re.S)
 
 
 def split_steps(text):

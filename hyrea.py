@@ -533,19 +533,19 @@ def measure(policy, outputs, batch, cfg):
 
 
 # What an equation is made of. Possessive (`++`): no run of terms is tried in several ways.
-BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+BRACES = r"\{(?:[^{}=]|\{[^{}=]*\})*\}"
 ATOM = (r"(?:[$€£]?(?:\d+(?:[.,]\d+)*|\.\d+)[%!]?"  # 3, 1,000, .5, $2.50, 20%
-        r"|\((?:[^()\n]|\([^()\n]*\))*\)|<<[^<>\n]*>>"  # (2 + 3), and GSM8K's <<2+3=5>>
+        r"|\((?:[^()\n=]|\([^()\n=]*\))*\)|<<[^<>\n]*>>"  # (2 + 3), and GSM8K's <<2+3=5>>
         rf"|\\[A-Za-z]+|{BRACES}"  # \frac{1}{2}
         r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[A-Za-z]\w*(?=[ \t]*=))")  # x, and total in total = 5
 UNIT = r"(?:[ ][A-Za-z]+(?=[ \t]*[-+*/=.,;\n]|$))?"  # apples in 3 apples + 4
 OPERATOR = r"(?:[-+*/^_×÷·−]|\\(?:times|cdot|div|pm)|x(?=[ ]))"
 SIDE = rf"[-+−]?{ATOM}++{UNIT}(?:[ \t]*{OPERATOR}[ \t]*[-+−]?{ATOM}++{UNIT})*+"
-MATHS = re.compile(  # without `=` it is no equation; its terms are read here, once, all the same
-    r"(?<![ \t])[ \t]*+(?:\\\[.{0,5000}?\\\]|\\\(.{0,5000}?\\\)|\$\$.{0,5000}?\$\$"
-    r"|\\begin\{(\w+\*?)\}.{0,5000}?\\end\{\1\}"
+MATHS = re.compile(  # a match without `=` is no equation: it keeps terms from being read again
+    r"(?<![ \t])[ \t]*+(?:\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)|\$\$.{0,2000}?\$\$"
+    r"|\\begin\{(\w+\*?)\}.{0,2000}?\\end\{\1\}"
     r"|\$(?=\S)[^$\n]*?=[^$\n]*(?<=\S)\$(?!\d)"  # a $ before a digit is money
-    rf"|(?<![\w.]){SIDE}(?:[ \t]*&?=[ \t]*{SIDE})*+)[.,;:!?)]*(?:\s*\n)?", re.S)
+    rf"|(?<![\w.])(?:{SIDE}(?:[ \t]*&?=[ \t]*{SIDE})++|{SIDE}))[.,;:!?)]*(?:\s*\n)?", re.S)
 ROW = re.compile(r"(?<=\\\\)(?=(?:(?!\\\\).)*=)", re.S)  # before a row of align with `=`
 SENTENCE = re.compile(
     r"(?:\b(?:e\.g|i\.e|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|approx|(?:No|Nr|Fig|Eq|Sec)(?=\.\s*\d))\."

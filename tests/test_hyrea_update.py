@@ -184,6 +184,15 @@ def test_a_bound_on_the_entropy_limits_what_is_replaced():
     assert not script.sft_examples(problems, policy, 3, cfg)["latent_mask"].any()
 
 
+@pytest.mark.parametrize("share, lost", [(0.24, 0), (0.5, 2), (0.74, 2), (1.0, 3)])
+def test_a_chain_loses_no_more_than_its_share_of_steps(share, lost):
+    from test_hyrea_start import built as demonstrate
+    policy, cfg, _, problems = demonstrate(max_replaced_share=share)
+    assert {len(problem["steps_ids"]) for problem in problems} == {4}
+    batch = script.sft_examples(problems, policy, 3, cfg)
+    assert set((batch["completion_ids"] == policy.start_id).sum(1).tolist()) == {lost}
+
+
 def test_sampled_ends_are_demonstrated_as_going_on_for_c_slots_and_then_ending():
     """A small cold start: greedy decoding uses all c latents, and the forced end is certain."""
     from test_hyrea_start import built as demonstrate

@@ -9,7 +9,7 @@ GRPO +   1. s comes from the very distribution the token was sampled from       
          3. updates keep s as a constant and recompute the gate                 Policy
          4. no ratio, no clip; k3 KL to a reference that reads tokens only      policy_loss  [eq. 6]
 Words    `hidden` is always the output of the transformer. The paper calls the soft token hidden
-         too; here only the metric `hidden_ratio`, the weight sqrt(1 - a^2) of s, keeps that word.
+         too; here only the metric `hidden_ratio`, the mean of sqrt(1 - a^2), keeps that word.
 Differs  padding is masked in rollout *and* update, gates are float32: see docs/hrpo.md.
 Run      python hrpo.py                     # tiny model, arithmetic, two CPU cores, two minutes
          python hrpo.py --no-hybrid         # the explicit baseline: plain GRPO
@@ -73,9 +73,9 @@ class Config:
     hybrid: bool = True  # mix soft tokens into the thinking; --no-hybrid is plain GRPO [sec. 3]
     r_min: float = 0.98  # a starts as u^r, u uniform in [r_min, r_max] [tab. 3]
     r_max: float = 0.999  # see r_min [sec. 4]
-    lr_gate: float = 3e-3  # learning rate of gate_r and gate_i [tab. 4]
-    lr_lambda: float = 3e-2  # learning rate of Lambda [tab. 4]
-    lambda_weight_decay: float = 0.0  # decay of Lambda; decay alone feeds more of s [tab. 4]
+    lr_gate: float = 3e-3  # learning rate of gate_r and gate_i [tab. 4: 1e-4]
+    lr_lambda: float = 3e-2  # learning rate of Lambda [tab. 4: 1e-3]
+    lambda_weight_decay: float = 0.0  # weight decay of Lambda [tab. 4: 0.1]
     # optimizer and memory
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = 0.0  # of matrices and gates, decoupled
@@ -129,7 +129,7 @@ def parse_config(argv=None):
 
 # === 2. the method ================================================================================
 
-METHOD_METRICS = ("gate_a", "hidden_ratio")
+METHOD_METRICS = ("gate_a", "hidden_ratio")  # what `measure` adds to those of every script
 PLAIN_GRPO = {"hybrid": False}  # the settings that switch the method off
 
 
@@ -137,8 +137,9 @@ def soft_embedding(probs, table, ids=None):
     """Soft token [eq. 3]: the expected embedding over the norm of p, s = E^T p / ||p||_2.
 
     probs [..., V], table module -> [..., H], dtype of the table. With ids [..., K], probs [..., K]
-    belong to those rows and all others are 0. A one-hot p gives the embedding of its token. The
-    division keeps s as long as one embedding where p is spread out. No gradient is stopped here.
+    belong to those rows and all others are 0. A one-hot p gives the embedding of its token. An
+    average of embeddings is shorter than one of them; dividing by the norm makes up for it, except
+    for what all embeddings have in common, which grows. No gradient is stopped here.
     """
     norm = probs.float().norm(dim=-1, keepdim=True)
     if ids is None:
@@ -150,15 +151,15 @@ def soft_embedding(probs, table, ids=None):
 
 
 class HybridGate(nn.Module):
-    """Elementwise gate between token embedding e and soft token s, in float32 [eq. 4]:
+    """Elementwise gate between token embedding e and soft token s, all vectors [H] [eq. 4]:
 
     r = sigmoid(W_r e + b_r),  i = sigmoid(W_i e + b_i),  a = exp(-8 softplus(-Lambda) r),
     x = a e + sqrt(1 - a^2 + 1e-8) (i s)
 
-    r, i and a are vectors [H]; a near 1 feeds the token, a smaller a feeds more of the soft token.
-    paper: softplus(Lambda); released code: softplus(-Lambda). We follow the code, so a smaller
-    Lambda means more of the soft token. The gate computes in float32: from 0.99 to 1 bfloat16 has
-    only two values, and at a = 1 the slope of the root is -1e4.
+    An a near 1 feeds the token; a smaller a feeds more of the soft token. paper: softplus(Lambda);
+    released code: softplus(-Lambda). We follow the code, so a smaller Lambda means more of the soft
+    token, and weight decay, which pulls Lambda to 0, feeds more of it. The gate computes in
+    float32: bfloat16 has only three values from 0.99 to 1, and at a = 1 the root's slope is -1e4.
     """
 
     def __init__(self, hidden_size, r_min, r_max):
@@ -221,15 +222,16 @@ class Policy(nn.Module):
     def forward(self, batch):
         """-> {"logprobs" [B, T], "entropy" [B, T] in nats}, both 0 outside loss_mask.
 
-        Scored at temperature 1 over the full vocabulary, whatever the samples' temperature and
-        top-k [code]: unless those are 1 and 0 this is biased.
+        Scored at temperature 1 over the full vocabulary [code]. With another temperature, top-k or
+        top-p the gradient is biased: samples come from one distribution, scores from another.
         """
         with autocast(self.lm):
             hidden = self.hidden(batch)
             logprobs, entropy = completion_logprobs(
                 self.lm, hidden, batch["completion_ids"], batch["loss_mask"])
         if "soft_embeds" in batch:  # DDP wants each parameter used, even if no row thinks
-            logprobs = logprobs + 0 * sum(p.sum() for p in self.gate.parameters())
+            touched = sum(p.sum() for p in self.gate.parameters())
+            logprobs = logprobs + 0 * touched
         return {"logprobs": logprobs, "entropy": entropy}
 
 

@@ -2,9 +2,9 @@
 
 Paper    LEPO, arXiv 2604.17892 (Findings of ACL 2026). [fig.] refers to the objective in its method
          figure, [code] to the authors' code; [ours] marks our own choices.
-Idea     The first L_g steps sample no token: Gumbel noise on the log-probs of the likeliest tokens
-         and a softmax give weights z, and the mean embedding under z is the next input. The noise
-         makes completions differ, so that rewards can rank them. Then tokens follow as usual.
+Idea     The first L_g steps sample no token. Gumbel noise on the log-probs of the K likeliest
+         tokens and a softmax give weights z, and the mean embedding under z is the next input. The
+         noise makes completions differ, so that rewards can rank them. Then tokens follow as usual.
 GRPO +   1. a latent step keeps K candidates and their perturbed log-probs   gumbel_softmax_scores
          2. it feeds their weighted mean embedding                           mixture_weights
          3. z is a soft label: the update raises sum_k z_k log pi_k by A      latent_logprob [fig.]
@@ -78,13 +78,13 @@ class Config:
     noise_scale: float = 1.0  # factor of the Gumbel noise; at 0, and when greedy, z = pi [ours]
     latent_grad: str = "soft"  # latent score: soft [fig.]; or token, concrete, gumbel, none [ours]
     clip_latents: bool = False  # ratio and clip on latent positions too [ours]
-    # a decoding mode, not a method to train: eval.py --mode soft_thinking
-    until_marker: bool = False  # latent until the answer marker: Soft Thinking [ours]
+    # Soft Thinking: a decoding mode of eval.py (--mode soft_thinking), not a method to train
+    until_marker: bool = False  # latent until the answer marker [ours]
     cold_stop_entropy: float = 0.0  # with it: nats; a step below is calm; 0 = off [ours]
     cold_stop_length: int = 256  # so many calm steps in a row force the marker [ours]
     # optimizer and memory
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = 0.0  # of matrices and gates, decoupled
+    weight_decay: float = 0.0  # of matrices, decoupled
     warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
     max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
     lora_rank: int = 0  # 0 = full fine-tuning; alpha = 2 x rank
@@ -163,7 +163,7 @@ def gumbel_softmax_scores(
     logits [..., V] -> ids [..., K], u [..., K] float32, constants. u = log pi_S + g on the
     survivors S, over which pi_S sums to 1, and -inf elsewhere; g is iid standard Gumbel noise.
     K = top_k, or V without it. argmax u is an exact sample of pi_S. Without noise (noise_scale 0)
-    u = tau log pi_S instead, so that mixture_weights gives pi_S itself: Soft Thinking.
+    u = tau log pi_S: mixture_weights divides by tau, so it gives pi_S itself, as in Soft Thinking.
     """
     scores, ids = candidate_scores(logits.detach().float(), temperature, top_k, top_p)
     if ids is None:
@@ -207,7 +207,8 @@ def latent_logprob(u, logprobs, tau, kind):
         normaliser = torch.logsumexp((logprobs - u).masked_fill(~kept, -math.inf), -1)
         return (logprobs * kept).sum(-1) / n - normaliser
     assert kind == "gumbel", kind
-    inside = torch.logsumexp(logprobs.masked_fill(~kept, -math.inf), -1, keepdim=True)
+    inside = torch.logsumexp(logprobs.masked_fill(~kept, -math.inf), -1, keepdim=True)  # pi(S)
+    # g = u - log pi_S
     g = (u - logprobs + inside).masked_fill(~kept, math.inf)  # exp(-inf) = 0: nothing outside S
     return -(g.masked_fill(~kept, 0) + torch.exp(-g)).sum(-1) / n
 
@@ -230,7 +231,7 @@ class Policy(nn.Module):
         self.kind = cfg.latent_grad
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
         if cfg.latent_steps == 0:
-            self.num_candidates = 1  # every step is a token, its only candidate
+            self.num_candidates = 1  # the sampled token is the only candidate
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         if cfg.until_marker:
             self.marker = Marker(tokenizer, cfg.answer_marker, lm.num_tokens, lm.device)
@@ -270,7 +271,11 @@ class Policy(nn.Module):
 
 
 def start_state(num_rows, policy, cfg):
-    """Nothing: the position alone decides which steps are latent. Only Soft Thinking needs more."""
+    """Nothing: the position alone decides which steps are latent. Soft Thinking needs more:
+
+    has the marker appeared; the last ids; steps in a row of low entropy; ids of the marker that
+    were forced so far.
+    """
     if not cfg.until_marker:
         return {}
     last_ids = torch.full((num_rows, policy.marker.width), -1, device=policy.lm.device)
@@ -286,7 +291,8 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     if cfg.until_marker:
         return soft_thinking_input(policy, logits, state, cfg, rng, greedy)
     step = latent_input if t < cfg.latent_steps else token_input
-    return *step(policy, logits, cfg, rng, greedy), state
+    ids, embeds, record = step(policy, logits, cfg, rng, greedy)
+    return ids, embeds, record, state
 
 
 def token_input(policy, logits, cfg, rng, greedy):
@@ -319,7 +325,8 @@ def latent_input(policy, logits, cfg, rng, greedy):
     embeds = top_k_mixture(topk_ids, weights, policy.table)
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)
     logprobs = logprobs.gather(1, topk_ids)  # [b, K]
-    ids = topk_ids.gather(1, logprobs.argmax(-1, keepdim=True))[:, 0]
+    likeliest = logprobs.argmax(-1, keepdim=True)  # before the noise
+    ids = topk_ids.gather(1, likeliest)[:, 0]
     score = latent_logprob(topk_scores, logprobs, policy.tau, policy.kind)  # [b]
     mask = torch.ones_like(ids, dtype=torch.bool)
     return ids, embeds, {
@@ -347,7 +354,8 @@ def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
     calm = torch.where(entropy < cfg.cold_stop_entropy, state["calm"] + 1, 0)
     force = ~seen & ((forced > 0) | (calm >= cfg.cold_stop_length))
     marker_ids = policy.marker_ids[forced % len(policy.marker_ids)]
-    ids = torch.where(force, marker_ids, torch.where(seen, sampled, shown))
+    free = torch.where(seen, sampled, shown)
+    ids = torch.where(force, marker_ids, free)
     last_ids = torch.cat([state["last_ids"][:, 1:], ids[:, None]], 1)
     seen = seen | policy.marker.completed(last_ids)
     latent = ~seen & ~force
@@ -378,7 +386,7 @@ def kl_estimate(outputs, batch):
 
 
 def policy_loss(outputs, batch, cfg):
-    """Loss [B, T] of each position, not yet reduced; both kinds share one divisor (loss_weights).
+    """Loss [B, T] of each position, not yet reduced.
 
     paper: -A logprobs at latent steps and tokens [fig.]; released code: GRPO's ratio and clip at
     tokens. As the code. With one update the ratio is 1 and the gradient that of the paper.

@@ -1,7 +1,7 @@
 """GRPO in 150 lines: sample some answers, compare them, make the better ones likelier.
 
-Start here. Sections and names are those of hrpo.py. That file adds soft tokens, and all that a
-real run needs: flags, several GPUs, a KL term, small batches, checkpoints, records.
+Start here. Sections and names are those of hrpo.py. That file adds soft tokens and what a real
+run needs: flags, GPUs, a KL term, clipped gradients, a schedule, checkpoints, records.
 
 Run      python docs/grpo_in_150_lines.py     # the built-in model and task, on a CPU
 """

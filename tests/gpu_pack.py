@@ -1,6 +1,7 @@
 """Pack a pretrained model and some data into a small folder, for a machine without a network.
 
 python tests/gpu_pack.py PACK --model FOLDER --train a.jsonl.gz b.jsonl.gz --test c.jsonl.gz
+python tests/gpu_pack.py PACK --model FOLDER --compare 60    # what it has lost, on 60 test problems
 
 FOLDER is a transformers folder, as tests/convert_smollm2.py makes one. Its matrices are rounded to
 few levels and coded: 135M parameters take 55 MiB, 3.4 bits each. The rounding is GPTQ's (arXiv
@@ -14,6 +15,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -130,13 +132,39 @@ def unpack(folder, out):
     return str(out)
 
 
+@torch.no_grad()
+def compare(source, pack, problems):
+    """Print, for the model and its pack, how well they predict the problems' written solutions."""
+    for name in (source, pack):
+        with tempfile.TemporaryDirectory() as place:
+            lm, tokenizer = load_model(unpack(name, Path(place, "model")))
+        cfg = hrpo.parse_config(["--model", source, "--preset", "paper"])
+        loss, right, total = 0.0, 0, 0
+        for problem in encode_prompts(tokenizer, problems, cfg):
+            ids = torch.tensor(problem["prompt_ids"] + tokenizer(problem["solution"])["input_ids"])
+            asked = len(problem["prompt_ids"])
+            logits = lm(ids[None]).logits[0, asked - 1 : -1]  # [T, V]
+            loss += torch.nn.functional.cross_entropy(logits, ids[asked:], reduction="sum").item()
+            right += (logits.argmax(-1) == ids[asked:]).sum().item()
+            total += len(logits)
+        print(f"{name}: {loss / total:.3f} nats and {right / total:.3f} right per token of "
+              f"{len(problems)} solutions")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pack", help="new folder")
     parser.add_argument("--model", required=True, help="transformers folder of a Llama or Qwen")
-    parser.add_argument("--train", nargs="+", required=True, help="problem files with steps")
-    parser.add_argument("--test", nargs="+", required=True, help="problem files")
+    parser.add_argument("--train", nargs="+", default=[], help="problem files with steps")
+    parser.add_argument("--test", nargs="+", default=[], help="problem files")
+    parser.add_argument("--compare", type=int, default=0, help="compare an old pack on N problems")
     args = parser.parse_args(argv)
+    if args.compare:
+        problems = load_problems(",".join(map(str, sorted(Path(args.pack, "test").iterdir()))))
+        problems = [problem for problem in problems if problem["solution"]][: args.compare]
+        return compare(args.model, args.pack, problems)
+    if not args.train or not args.test:
+        parser.error("name the files of --train and --test")
     for kind, files in (("train", args.train), ("test", args.test)):
         folder = Path(args.pack, kind)
         folder.mkdir(parents=True)

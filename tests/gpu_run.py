@@ -46,7 +46,17 @@ cp FOLDER/gpu.jsonl docs
 python tests/gpu_run.py --report docs
 ```
 
-The last one prints this page.
+The last one prints this page. PACK holds the model in 3.4 bits a weight, 59 MiB with some data, so
+that it can be carried to a machine without a network. What the rounding costs: the pack of
+SmolLM2-135M-Instruct predicts 60 written solutions of GSM8K with 1.533 nats a token instead of
+1.410, and .618 instead of .642 of their tokens:
+
+```bash
+python tests/gpu_pack.py PACK --model SMOLLM2 --compare 60
+```
+
+PyTorch 2.13 with transformers 5.17 was tried too, as a bare machine may have it: rollouts and
+updates agree there as they do with newer versions.
 """
 
 

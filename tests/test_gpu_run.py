@@ -128,9 +128,10 @@ def test_all_methods_make_as_many_updates_as_the_slowest_can(tmp_path):
 # === packs ========================================================================================
 
 
-def test_a_pack_gives_back_a_model_close_to_the_packed_one(tmp_path):
+def test_a_pack_gives_back_a_model_close_to_the_packed_one(tmp_path, capsys):
     source = save_folder(tmp_path / "model", make_lm(tie_word_embeddings=True))
-    rows = [{"question": f"{a}+{a}=", "answer": str(2 * a), "steps": [f"={2 * a}"]}
+    rows = [{"question": f"{a}+{a}=", "answer": str(2 * a), "steps": [f"={2 * a}"],
+             "solution": f"+{a}={2 * a}"}
             for a in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpu_pack.main([str(tmp_path / "pack"), "--model", source, "--train", str(
@@ -142,6 +143,11 @@ def test_a_pack_gives_back_a_model_close_to_the_packed_one(tmp_path):
     for (name, one), two in zip(lm.named_parameters(), other.parameters()):
         size = one.square().mean().sqrt()
         assert one.shape == two.shape and (one - two).square().mean().sqrt() < 0.4 * size, name
+    gpu_pack.main([str(tmp_path / "pack"), "--model", source, "--compare", "8"])
+    whole, rounded = capsys.readouterr().out.splitlines()[-2:]
+    assert whole.startswith(f"{source}: ") and whole.endswith("of 8 solutions")
+    losses = [float(line.split(": ")[1].split()[0]) for line in (whole, rounded)]
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.5
     assert (tmp_path / "pack" / "train" / "rows.jsonl").read_text() == (
         tmp_path / "pack" / "test" / "rows.jsonl").read_text() != ""
 

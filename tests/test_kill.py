@@ -14,8 +14,8 @@ from runs import METHODS, differences, flags, launch, rows, train, wait_until
 
 import common
 
-SLOW = "--steps 40 --max_completion_length 24 --save_every 1000 --eval_every 1000"
-ENDLESS = SLOW.replace("40", "100000")
+SLOW = "--steps 24 --max_completion_length 24 --save_every 1000 --eval_every 1000"
+ENDLESS = SLOW.replace("24", "100000")
 
 
 @pytest.fixture(params=METHODS)
@@ -40,12 +40,14 @@ def stop_in_the_middle(method, model, out, signum, ranks):
     finally:
         job.kill()
     step = rows(out, "train")[-1]["step"]
-    assert 3 <= step < 40, "the run ended before the signal; make it longer"
+    assert 3 <= step < 24, "the run ended before the signal; make it longer"
     assert common.latest_checkpoint(out).name == f"step_{step:06d}"  # nothing lost
     return code, time.time() - clock
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("method, signum, code", [
+    (METHODS[0], signal.SIGINT, 130), *[(method, signal.SIGTERM, 143) for method in METHODS]],
+    indirect=["method"])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_if_never_stopped(
         method, model, tmp_path, signum, code):
     out, whole = tmp_path / "run", tmp_path / "whole"
@@ -53,7 +55,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_if_never_stoppe
     assert (found, seconds < 10) == (code, True)
     assert isinstance(train(method, flags(model, out, f"{SLOW} --resume auto")), dict)
     assert isinstance(train(method, flags(model, whole, SLOW)), dict)
-    assert differences(out / "step_000040", whole / "step_000040") == []
+    assert differences(out / "step_000024", whole / "step_000024") == []
     assert rows(out) == rows(whole)
 
 
@@ -67,7 +69,7 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint_too(method, model, tmp_path, s
         argv = flags(model, folder, f"{SLOW} {more}")
         job = launch(ROOT / f"{method}.py", argv, tmp_path / "log", ranks=2)
         assert job.wait(120) == 0, (tmp_path / "log").read_text()
-    assert differences(out / "step_000040", whole / "step_000040") == []
+    assert differences(out / "step_000024", whole / "step_000024") == []
     assert rows(out) == rows(whole)
 
 

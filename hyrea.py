@@ -102,6 +102,8 @@ class Config:
     sft_lr: float = 2e-3  # learning rate [sec. 4.1: 4e-7], cosine after 5 % warm-up [ours]
     sft_save_every: int = 400  # updates between checkpoints of the cold start [ours]
     marker_weight: float = 4.0  # weight of both span markers in the loss [sec. 4.1]
+    marker_init: str = ""  # tokens whose rows the span markers start as; "" = the mean row [ours]
+    marker_lr: float = 1.0  # factor on the learning rate of the markers' rows [ours]
     label_ends: bool = False  # label <end-latent> even where it is forced [sec. 4.1; tiny: off]
     entropy_once: bool = True  # rank by the model after round 0 [ours]; off: in training [alg. 1]
     # optimizer and memory
@@ -144,6 +146,9 @@ class Config:
                 fail(f"--{name} {value}: must be one of {values}")
         if self.sft_rounds == 0:
             self.sft_rounds = self.max_replaced_steps + 1  # k = 0 .. S
+        if len(self.marker_init.split()) not in (0, 2):
+            fail(f"--marker_init {self.marker_init!r}: want two texts, one for each end of a span, "
+                 "as '<< >>'")
         if self.replace == "block":
             self.merge_spans = True
         if self.merge_spans and self.end_latent == "forced":  # after c slots, so no span is longer
@@ -158,7 +163,7 @@ PRESETS = {
         max_completion_length=1024, lr=1e-6, micro_batch=8, eval_every=10, eval_limit=200,
         eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000, sft_rounds=0,
         sft_growth=0.1, sft_batch=32, sft_lr=4e-7, sft_save_every=250, label_ends=True,
-        entropy_once=False),
+        entropy_once=False, marker_init="<< >>", marker_lr=10.0),  # the last two [ours]
 }
 
 
@@ -286,12 +291,16 @@ class Policy(nn.Module):
         """Train the rows of the markers in the embedding table or head, and no other row of it.
 
         They learn what no other token means, <latent> only as an output. At first they are the mean
-        of all other rows: neither likely nor unlikely.
+        of all other rows: neither likely nor unlikely. A pretrained model learns the span markers
+        sooner if they start as tokens that it expects in their place (--marker_init).
         """
         module.float()  # as all that learns, also in a bfloat16 model with adapters
         weight = module.weight.requires_grad_()
         if not self.knows_markers:
             weight.data[self.markers] = weight.data[: int(self.markers.min())].mean(0)
+            for marker, text in zip(self.markers, self.cfg.marker_init.split()):
+                first, *_ = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                weight.data[marker] = weight.data[first]
         if not self.cfg.train_embeddings:
             weight.register_hook(self.only_markers)
 
@@ -501,10 +510,13 @@ def param_groups(policy, cfg):
     embeddings = [p for p in trained if p in tables]
     matrices = [p for p in trained if p.dim() > 1 and p not in tables]
     vectors = [p for p in trained if p.dim() == 1]
-    table_decay = cfg.weight_decay if cfg.train_embeddings else 0.0
-    groups = [(matrices, cfg.weight_decay), (vectors, 0.0), (embeddings, table_decay)]
-    return [{"params": params, "lr": cfg.lr, "initial_lr": cfg.lr, "weight_decay": decay}
-            for params, decay in groups if params]
+    table_lr, table_decay = cfg.lr * cfg.marker_lr, 0.0
+    if cfg.train_embeddings:
+        table_lr, table_decay = cfg.lr, cfg.weight_decay
+    groups = [(matrices, cfg.lr, cfg.weight_decay), (vectors, cfg.lr, 0.0),
+              (embeddings, table_lr, table_decay)]
+    return [{"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+            for params, lr, decay in groups if params]
 
 
 @torch.no_grad()
@@ -706,6 +718,8 @@ def sft_examples(chosen, policy, k, cfg):
     for problem, values in zip(chosen, entropies):
         num_low = sum(value < bound for value in values)
         most = int(cfg.max_replaced_share * len(values))
+        if cfg.replace in ("entropy", "random"):
+            most = min(most, len(values) - 1)  # an empty chain would teach to answer at once
         rng = make_rng("cpu", cfg.seed, "replace", problem["question"])
         number = min(k, num_low, most)
         steps = replace_steps(problem["steps_ids"], values, number, cfg.replace, rng)

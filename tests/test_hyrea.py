@@ -254,6 +254,30 @@ def test_only_the_markers_rows_of_the_embeddings_learn():
         assert lm.get_input_embeddings().num_embeddings == max(rows * (kind == "llama"), 32)
 
 
+def test_span_markers_start_as_the_tokens_named_and_learn_at_a_rate_of_their_own():
+    cfg = script.Config(marker_init="12+ *", marker_lr=10.0)
+    policy = script.Policy(make_lm(), make_tokenizer(), cfg)
+    weight, tokens = policy.table.weight, policy.tokenizer.get_vocab()
+    assert torch.equal(weight[policy.start_id], weight[tokens["1"]])
+    assert torch.equal(weight[policy.end_id], weight[tokens["*"]])
+    assert torch.equal(weight[policy.latent_id], weight[: policy.markers.min()].mean(0))
+    rates = {id(p): group["lr"] for group in script.param_groups(policy, cfg)
+             for p in group["params"]}
+    assert rates[id(weight)] == 10 * cfg.lr and min(rates.values()) == cfg.lr
+    cfg = script.Config(marker_lr=10.0, train_embeddings=True)  # all rows learn alike
+    policy = script.Policy(make_lm(), make_tokenizer(), cfg)
+    assert {group["lr"] for group in script.param_groups(policy, cfg)} == {cfg.lr}
+    mean = policy.table.weight[: policy.markers.min()].mean(0)
+    assert torch.equal(policy.table.weight[policy.start_id], mean)
+
+
+@pytest.mark.parametrize("text", ["<<", "a b c"])
+def test_another_number_of_texts_for_the_two_span_markers_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        script.Config(marker_init=text)
+    assert f"--marker_init '{text}': want two texts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("c", [1, 3])
 def test_checkpointed_layers_recompute_each_round_on_its_own_past(kind, c):

@@ -193,11 +193,20 @@ def test_a_chain_loses_no_more_than_its_share_of_steps(share, lost):
     assert set((batch["completion_ids"] == policy.start_id).sum(1).tolist()) == {lost}
 
 
+@pytest.mark.parametrize("replace, lost", [("entropy", 3), ("random", 3), ("all", 4)])
+def test_entropy_and_chance_never_replace_a_whole_chain(replace, lost):
+    from test_hyrea_start import built as demonstrate
+    policy, cfg, _, problems = demonstrate(replace=replace)
+    batch = script.sft_examples(problems, policy, 4, cfg)
+    assert set((batch["completion_ids"] == policy.start_id).sum(1).tolist()) == {lost}
+
+
 def test_sampled_ends_are_demonstrated_as_going_on_for_c_slots_and_then_ending():
     """A small cold start: greedy decoding uses all c latents, and the forced end is certain."""
     from test_hyrea_start import built as demonstrate
     policy, cfg, _, problems = demonstrate(
         latents_per_step=2, end_latent="sampled", label_ends=True, max_replaced_steps=4,
+        replace="all",
         sft_rounds=5, sft_steps=300, sft_batch=6, steps=600, warmup_steps=0)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": 0.015}], weight_decay=0)

@@ -11,6 +11,7 @@ V vocabulary, H hidden size, K candidates. Bad input ends in `fail`: one line an
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -21,6 +22,7 @@ import gc
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -33,7 +35,6 @@ import signal
 import sys
 import time
 import unicodedata
-import urllib.request
 import zlib
 from datetime import timedelta
 from fractions import Fraction
@@ -531,7 +532,7 @@ def find_file(name, split):
             return hf_hub_download(hub[1], hub[3], repo_type="dataset", revision=hub[2])
         if split in splits:
             return download(*splits[split])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: not the pinned sha256
         fail(f"{name}: {first_line(error)}; offline, a path or LATENT_RL_DATA=folder of named sets")
     fail(f"{name} ({split}): want arithmetic, a path or hub:owner/repo/file ending in .jsonl, "
          f".json, .csv (.gz) or .parquet, or one of {', '.join(NAMED_SETS)} (only gsm8k has the "
@@ -553,14 +554,11 @@ def find_local(name, split):
 
 
 def download(address, digest):
-    """Path of a pinned file in the cache. Written beside its name, checked, then renamed."""
+    """Path of a pinned file in the cache."""
     path = CACHE / "data" / re.sub(r"^\w+:/+", "", address)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial, _ = urllib.request.urlretrieve(address, f"{path}.{os.getpid()}.partial")
-        if not sha256(partial).startswith(digest):
-            fail(f"{address}: {partial} is not the pinned file, its sha256 differs")
-        os.replace(partial, path)
+        torch.hub.download_url_to_file(address, str(path), digest, progress=False)
     return str(path)
 
 

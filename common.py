@@ -486,12 +486,16 @@ def load_set(name, split, limit):
     path = find_file(name, split)
     problems, lost = [], []
     for line, row in read_rows(path):
-        problem = read_problem(row, f"{path}:{line}")
-        none = problem["answer"] in ("proof", "notfound")  # so NuminaMath says that it has none
-        if is_readable(problem["answer"]) and not none:
+        source = f"{path}:{line}"
+        try:
+            problem = {**read_problem(row), "source": source}
+        except ValueError as error:
+            fail(f"{source}: {error}")
+        answer = problem["answer"]
+        if is_readable(answer) and answer not in ("proof", "notfound"):  # NuminaMath has those
             problems.append(problem)
         else:
-            lost.append(f"{path}:{line}: {problem['answer']!r:.50}")
+            lost.append(f"{source}: {answer!r:.50}")
     if lost:
         warn(f"{len(lost)} rows dropped, their answer is not readable or not marked by #### or "
              f"\\boxed: {'; '.join(lost[:5])}")
@@ -612,10 +616,13 @@ def json_rows(text):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def read_problem(row, source):
-    """A row of a file -> problem; its columns may have any of the names in COLUMNS."""
+def read_problem(row):
+    """A row of a file -> problem; its columns may have any of the names in COLUMNS.
+
+    ValueError says what is wrong with it.
+    """
     if not isinstance(row, dict) or None in row:
-        fail(f"{source}: want a JSON object, or as many CSV cells as the header has")
+        raise ValueError("want a JSON object, or as many CSV cells as the header has")
     columns = {key.strip().lower(): value for key, value in row.items()}
     found = {kind: find_column(columns, kind) for kind in COLUMNS}
     prose = found["answer"] is None
@@ -623,20 +630,20 @@ def read_problem(row, source):
         found["answer"] = found["prose"]
     for kind in ("question", "answer"):
         if found[kind] is None:
-            fail(f"{source}: no {kind} or an empty one in the columns {', '.join(row)}; rename the "
-                 f"right one to {kind}")
-    question = read_text(found["question"], f"{source}: question")
+            raise ValueError(f"no {kind} or an empty one in the columns {', '.join(row)}; "
+                             f"rename the right one to {kind}")
+    question = read_text(found["question"], "question")
     if isinstance(columns.get("body"), str):  # SVAMP tells its story there
         question = f"{columns['body'].rstrip('. ')}. {question}"
     value = found["answer"]
-    answer = read_gold(value, prose, f"{source}: answer")
+    answer = read_gold(value, prose)
     if found["choices"]:
         question, answer = add_choices(
-            question, answer, isinstance(value, str), found["choices"], source)
+            question, answer, isinstance(value, str), found["choices"])
     chain = value if "####" in str(value) else found["chain"]
-    steps, solution = read_chain(chain, found["steps"], source)
+    steps, solution = read_chain(chain, found["steps"])
     return {"question": question, "answer": answer, "steps": steps, "solution": solution,
-            "source": source, "row": row}
+            "row": row}
 
 
 def find_column(columns, kind):
@@ -657,20 +664,20 @@ def find_column(columns, kind):
             return value
 
 
-def read_text(value, where):
-    """A cell as text; 18.0 is 18. `fail`s where it is empty, no number (NaN) or no text."""
+def read_text(value, column):
+    """A cell as text; 18.0 is 18. ValueError where it is empty, no number (NaN) or no text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if isinstance(value, list | dict | None) else str(value).strip()
-    if text.lower() in ("", "nan", "inf", "-inf") or re.search(r"[\ud800-\udfff]", text):
-        fail(f"{where} is empty or not text: {value!r:.50}")
+    if re.search(r"(?i)^(?:nan|-?inf)?$|[\ud800-\udfff]", text):
+        raise ValueError(f"{column} is empty or not text: {value!r:.50}")
     return text
 
 
-def read_gold(value, prose, where):
+def read_gold(value, prose):
     """Gold answer of a cell: a text, or a list of accepted texts; "" where prose marks none."""
     cells = value if isinstance(value, list) and value else [value]
-    golds = [read_text(cell, where) for cell in cells]
+    golds = [read_text(cell, "answer") for cell in cells]
     if prose or "####" in golds[0]:
         golds = [marked_answer(gold) for gold in golds]
     return golds if len(golds) > 1 else golds[0]
@@ -719,12 +726,12 @@ def add_choices(question, answer, is_text, choices, source):
     return "\n".join([question, *lines]), LETTERS[places.pop()]
 
 
-def read_chain(prose, steps, source):
+def read_chain(prose, steps):
     """(Steps, solution) that lead to the answer, each None where there is none."""
     text = prose.rsplit("####", 1)[0] if isinstance(prose, str) else ""
     if not isinstance(steps, list):
         steps = re.findall(ANNOTATION, str(steps or text))
-    steps = [read_text(step, f"{source}: steps") for step in steps]
+    steps = [read_text(step, "steps") for step in steps]
     solution = re.sub(rf"{ANNOTATION}|</?think>|[\ud800-\udfff]", "", text).strip()
     return steps or None, solution or None
 

@@ -697,7 +697,7 @@ def marked_answer(text):
     return answer or ""
 
 
-def add_choices(question, answer, is_text, choices, source):
+def add_choices(question, answer, is_text, choices):
     """(Question with its choices as A., B., ..., letter of the answer).
 
     choices  a list, {"text": [...], "label": [...]} or a text with | between
@@ -711,19 +711,18 @@ def add_choices(question, answer, is_text, choices, source):
     if isinstance(choices, str):
         choices = choices.split("|")
     if not isinstance(choices, list) or not isinstance(labels, list | str) or len(choices) > 26:
-        fail(f"{source}: choices must be a list of at most 26 texts: {choices!r:.50}")
-    texts = [read_text(text, f"{source}: choices") for text in choices]
-    labels = [str(label) for label in labels]
-    indices = [str(index) for index in range(len(texts))]
-    ways = [labels if answer in labels else indices]
-    if is_text:
-        ways.append(texts)
-    places = {i for names in ways for i, name in enumerate(names[: len(texts)]) if name == answer}
-    if len(places) != 1:
-        fail(f"{source}: answer {answer!r} names none or two of the {len(texts)} choices; want a "
-             "label, a letter or a text, or an index from 0 as a number")
+        raise ValueError(f"choices must be a list of at most 26 texts: {choices!r:.50}")
+    texts = [read_text(text, "choices") for text in choices]
+    names = [str(label) for label in labels]
+    if answer not in names:
+        names = list(map(str, range(26)))
+    found = [letter for letter, name, text in zip(LETTERS, names, texts)
+             if answer == name or is_text and answer == text]
+    if len(found) != 1:
+        raise ValueError(f"answer {answer!r} names none or two of the {len(texts)} choices; want "
+                         "a label, a letter or a text, or an index from 0 as a number")
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts)]
-    return "\n".join([question, *lines]), LETTERS[places.pop()]
+    return "\n".join([question, *lines]), found[0]
 
 
 def read_chain(prose, steps):

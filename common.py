@@ -449,15 +449,14 @@ ANNOTATION = r"<<[^<>\n]*=[^<>\n]*>>"  # a calculator step in GSM8K's prose: <<4
 ENDING = re.compile(r"\.(jsonl|json|csv|parquet)(?:\.gz)?$")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = {  # what a column may be called; a dot reaches into it; the first one with a value counts
-    "question": ("question", "problem", "query", "extra_info.question", "prompt", "input",
-                 "messages"),
-    "answer": ("answer.aliases", "answers.text", "answer", "answers", "final_answer", "final_ans",
-               "expected_answer", "golden_answers", "ground_truth", "target", "answerkey",
-               "reward_model.ground_truth.target", "reward_model.ground_truth"),
-    "prose": ("cot_answer", "solution", "response", "completion", "messages"),  # ends in the answer
-    "chain": ("cot", "solution", "response", "completion", "messages", "extra_info.answer"),
-    "steps": ("steps",),
-    "choices": ("choices", "options"),
+    "question": "question problem query extra_info.question prompt input messages",
+    "answer": """answer.aliases answers.text answer answers final_answer final_ans expected_answer
+        golden_answers ground_truth target answerkey reward_model.ground_truth.target
+        reward_model.ground_truth""",
+    "prose": "cot_answer solution response completion messages",  # ends in the answer
+    "chain": "cot solution response completion messages extra_info.answer",
+    "steps": "steps",
+    "choices": "choices options",
 }
 
 
@@ -653,7 +652,7 @@ def find_column(columns, kind):
     turn of a row gives way to --instruction.
     """
     role = "user" if kind == "question" else "assistant"
-    for name in COLUMNS[kind]:
+    for name in COLUMNS[kind].split():
         value = columns
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -1700,9 +1699,8 @@ def parse_flags(config, presets, doc, argv=None):
     return config(**{**vars(parser.parse_args(argv)), "preset": preset})
 
 
-AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "micro_batch",
-              "eval_every", "eval_batch", "num_samples", "save_every", "keep_checkpoints",
-              "dist_timeout")
+AT_LEAST_1 = """steps num_prompts max_prompt_length max_completion_length micro_batch eval_every
+    eval_batch num_samples save_every keep_checkpoints dist_timeout""".split()
 
 
 def resolve_config(cfg, method, counts=(), minibatches=1):

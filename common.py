@@ -543,7 +543,7 @@ def find_file(name, split):
 
 
 def find_local(name, split):
-    """Path of NAME_SPLIT.jsonl(.gz) in $LATENT_RL_DATA, or of NAME.jsonl(.gz); "" without."""
+    """Path of NAME_SPLIT.jsonl(.gz) in $LATENT_RL_DATA, or of NAME.jsonl(.gz), or None."""
     folder = os.environ.get("LATENT_RL_DATA", os.devnull)
     stems = [f"{name}_{split}"]
     if list(NAMED_SETS.get(name, [split])) == [split]:  # a set that has no other split
@@ -553,7 +553,6 @@ def find_local(name, split):
             path = Path(folder, stem + ending)
             if path.is_file():
                 return str(path)
-    return ""
 
 
 def download(address, digest):
@@ -688,12 +687,12 @@ def marked_answer(text):
     A text without a mark is an answer itself when it has at most five words; else "".
     """
     answer = extract_answer(text)
+    if answer is not None:
+        return answer
     stated = re.search(r"(?i)\banswer(?: is:?|:) *(.+)$", text)  # as MetaMathQA ends
-    if answer is None and stated:
-        answer = stated[1].rstrip(" .")
-    if answer is None and len(text.split()) <= 5:
-        answer = text
-    return answer or ""
+    if stated:
+        return stated[1].rstrip(" .")
+    return text if len(text.split()) <= 5 else ""
 
 
 def add_choices(question, answer, is_text, choices):

@@ -811,10 +811,8 @@ def encode_prompts(tokenizer, problems, cfg):
     texts = [render_prompt(tokenizer, problem["question"], cfg) for problem in problems]
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     check_characters(tokenizer, texts, encoded)
-    kept = []
-    for problem, ids in zip(problems, encoded):
-        if len(ids) <= cfg.max_prompt_length:
-            kept.append({**problem, "prompt_ids": ids})
+    kept = [{**problem, "prompt_ids": ids} for problem, ids in zip(problems, encoded)
+            if len(ids) <= cfg.max_prompt_length]
     lost = len(problems) - len(kept)
     if lost:
         (warn if kept else fail)(
@@ -838,8 +836,8 @@ def render_prompt(tokenizer, question, cfg):
         return (framed if task else question) + cfg.prompt_suffix
     attempts = [[{"role": "user", "content": f"{task}\n\n{question}".strip()}]]
     if task and "system" in str(tokenizer.chat_template):
-        system = {"role": "system", "content": task}
-        attempts.insert(0, [system, {"role": "user", "content": question}])
+        attempts.insert(0, [{"role": "system", "content": task},
+                            {"role": "user", "content": question}])
     for turns in attempts:
         try:
             return render_turns(tokenizer, turns, cfg) + cfg.prompt_suffix

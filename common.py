@@ -756,28 +756,31 @@ def arithmetic_problems(spec, split="train", limit=0):
         fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic-restated, "
              "arithmetic:N or arithmetic:LO-HI, lengths of 1 to 40, split train or test")
     teacher = random.Random("sloppy")
-    sloppy = {}
-    for fact in [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]:
-        unreliable, shift = teacher.random() < 0.17, teacher.randint(1, 9)
-        if unreliable:
-            sloppy[fact] = (apply_operation(*fact) + shift) % 10
+    shifts = {}  # {fact: by how much the teacher errs}
+    for fact in itertools.product(range(10), "+-*", range(10)):
+        is_sloppy = teacher.random() < 0.17
+        shift = teacher.randint(1, 9)
+        shifts[fact] = shift * is_sloppy
     rng = random.Random(f"{spec} {split}")
     wanted = limit or (16384 if split == "train" else 1024)
     rows = []
     while len(rows) < wanted:
         value = truth = rng.randint(0, 9)
-        question, steps = str(value), []
+        question = str(value)
+        steps = []
         for _ in range(rng.randint(low, high)):
             op = rng.choice("+-*")
             b = rng.choice((3, 7, 9)) if op == "*" else rng.randint(0, 9)
-            errs = (value, op, b) in sloppy and rng.random() < 0.6
-            if parts[1] == "-restated":
-                steps.append(f"{op}{b}={value}{op}{b}")
-            value = sloppy[value, op, b] if errs else apply_operation(value, op, b)
+            shift = shifts[value, op, b]
+            if shift and rng.random() >= 0.6:
+                shift = 0
+            before = value
+            value = (apply_operation(value, op, b) + shift) % 10
             truth = apply_operation(truth, op, b)
             question += f"{op}{b}"
-            written = {None: f"{op}{value}", "-verbose": f"{op}{b}={value}"}
-            steps.append(written.get(parts[1], f"={value}"))
+            styles = {None: [f"{op}{value}"], "-verbose": [f"{op}{b}={value}"],
+                      "-restated": [f"{op}{b}={before}{op}{b}", f"={value}"]}
+            steps += styles[parts[1]]
         if (zlib.crc32(question.encode()) % 16 == 0) == (split == "test"):
             rows.append({"question": f"{question}=", "answer": str(truth), "steps": steps,
                          "solution": None, "teacher_answer": str(value),

@@ -345,15 +345,12 @@ def tiny_folder(name):
     """Folder of the trained model `tiny:SPEC`. Rank 0 trains it the first time, the others wait."""
     spec = name.partition(":")[2] or "arithmetic"
     recipe = inspect.getsource(train_tiny) + inspect.getsource(arithmetic_problems)
-    text = f"{spec} {torch.__version__} {recipe}"
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    key = fingerprint([spec, torch.__version__, recipe])
     folder = CACHE / f"tiny-{spec.replace(':', '-')}-{key}"
     if os.environ.get("RANK", "0") == "0" and not folder.exists():
+        check_writable(f"--model {name}, in LATENT_RL_CACHE", CACHE)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:  # said now, not after a minute of training
-            fail(f"--model {name}: no place to keep it ({error}); set LATENT_RL_CACHE to another")
+        partial.mkdir(parents=True)
         with torch.random.fork_rng():
             train_tiny(spec, partial)
         with contextlib.suppress(OSError):  # another run may have finished first, with the same

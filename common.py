@@ -93,12 +93,6 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
         ids = getattr(owner, "eos_token_id", None)
         ends.update(ids if isinstance(ids, list) else [ids])
     lm.eos_ids = sorted(i for i in ends - {None} if i < lm.num_tokens)
-    if not lm.eos_ids:
-        fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
-    if lm.num_tokens > lm.get_input_embeddings().num_embeddings:
-        fail(f"--model {name}: {lm.num_tokens} tokenizer ids but fewer embedding rows; resize it")
-    pad_id = tokenizer.pad_token_id
-    lm.pad_id = lm.eos_ids[0] if pad_id is None else pad_id
     lm.to(device)
     try:
         fault = find_fault(lm)
@@ -107,6 +101,8 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     logging.set_verbosity(verbosity)
     if fault:
         fail(f"--model {name}: {fault}; docs/models.md lists what works")
+    pad_id = tokenizer.pad_token_id
+    lm.pad_id = lm.eos_ids[0] if pad_id is None else pad_id
     if lora_rank:
         add_lora(lm, lora_rank)
     return lm, tokenizer
@@ -159,6 +155,11 @@ def find_fault(lm):
     """
     from transformers import DynamicCache
 
+    table = lm.get_input_embeddings()
+    if not lm.eos_ids:
+        return "no end-of-sequence id in its tokenizer, config or generation config"
+    if lm.num_tokens > table.num_embeddings:
+        return f"{lm.num_tokens} tokenizer ids but fewer embedding rows; resize it"
     for key, weight in lm.named_parameters():
         if not weight.isfinite().all():
             return f"NaN or infinite values in {key}"
@@ -174,7 +175,6 @@ def find_fault(lm):
              f"{rope['original_max_position_embeddings']}: keep prompt and completion below")
 
     padding = 16
-    table = lm.get_input_embeddings()
     ids = torch.arange(76, device=lm.device).view(2, 38) % lm.num_tokens
     embeds = table(ids)  # [2, S, H]
     exists = torch.ones_like(ids, dtype=torch.bool)

@@ -116,13 +116,12 @@ def read_model(name, dtype):
     path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
     if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
         fail(f"--model {name}: no such folder")  # rather than ask the hub for it
-    source = str(path) if path.is_dir() else name
+    source = str(path)
     code = {"trust_remote_code": False}  # else it asks whether to run a folder's own code
     try:
         config = AutoConfig.from_pretrained(source, **code)
         if getattr(config, "quantization_config", None):
-            fail(f"--model {name}: its weights are quantised and cannot be trained; "
-                 "use the model that it was made from")
+            raise ValueError("its weights are quantised; use the model that it was made from")
         for key in config.to_dict():
             if re.search("dropout|_pdrop", key):
                 setattr(config, key, 0.0)

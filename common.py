@@ -237,16 +237,12 @@ def load_method(policy, name, method):
     elif saved:
         file = model_folder(name) / "latent" / "method.safetensors"
         try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            fail(f"{file}: {first_line(error)}")
-        found = {key: value.shape for key, value in tensors.items()}
-        wanted = {key: value.shape for key, value in policy.state_dict().items()
-                  if not key.startswith(("lm.", "table."))}
-        wrong = sorted(key for key, _ in found.items() ^ wanted.items())
+            missing, wrong = policy.load_state_dict(load_file(file), strict=False)
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
+            fail(f"{file}: {' '.join(str(error).split())}")
+        wrong += [key for key in missing if not key.startswith(("lm.", "table."))]
         if wrong:
             fail(f"{file}: not the tensors of {method}; these differ: {wrong[:3]}")
-        policy.load_state_dict(tensors, strict=False)
 
 
 def first_line(error):

@@ -255,7 +255,7 @@ def weights_fingerprint(module):
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
+        flat = tensor.flatten()
         step = flat.numel() // 256 + 1
         sample = flat[::step].float().cpu()
         digest.update(sample.numpy().tobytes())
@@ -282,9 +282,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.enabled = True
-        place = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -294,20 +294,16 @@ class LoRALinear(nn.Module):
         low = F.linear(x.float(), self.lora_A)  # [..., r]
         return (y + 2 * F.linear(low, self.lora_B)).to(y.dtype)
 
-    def merged_weight(self):
-        return self.base.weight.float() + 2 * self.lora_B @ self.lora_A  # [out, in] float32
-
 
 def add_lora(lm, rank):
     """Freeze lm and wrap every linear layer of its blocks (q, k, v, o, gate, up, down) in place."""
     lm.requires_grad_(False)
-    modules = dict(lm.base_model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    body = lm.base_model
+    linears = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         fail(f"--lora_rank {rank}: {type(lm).__name__} has no nn.Linear layers; use --lora_rank 0")
     for name in linears:
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LoRALinear(modules[name], rank))
+        body.set_submodule(name, LoRALinear(body.get_submodule(name), rank))
 
 
 @contextlib.contextmanager
@@ -326,14 +322,13 @@ def lora_disabled(lm):
 @torch.no_grad()
 def merged_state_dict(lm):
     """Weights under their ordinary transformers names, adapters merged in (in float32)."""
-    state = {}
-    for key, value in lm.state_dict().items():
-        if ".lora_" not in key:
-            state[key.replace(".base.", ".")] = value
+    state = {key.replace(".base.", "."): value for key, value in lm.state_dict().items()
+             if ".lora_" not in key}
     for name, module in lm.named_modules():
         if isinstance(module, LoRALinear):
-            state[f"{name}.weight"] = module.merged_weight()
-    return {k: v.contiguous() for k, v in state.items()}
+            change = 2 * module.lora_B @ module.lora_A
+            state[f"{name}.weight"] = module.base.weight.float() + change  # [out, in]
+    return state
 
 
 def tiny_folder(name):

@@ -1202,23 +1202,27 @@ def respell(text):
 
 def split_top(text, separators):
     """Parts of the text between separators outside all brackets, and those separators."""
-    parts, found, depth, start = [], "", 0, 0
-    for k, char in enumerate(text):
+    parts = [""]
+    found = ""
+    depth = 0
+    for char in text:
         depth += (char in "([{⟦") - (char in ")]}⟧")
         if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
         if depth == 0 and char in separators:
-            parts.append(text[start:k].strip())
+            parts.append("")
             found += char
-            start = k + 1
-    return [*parts, text[start:].strip()], found
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts], found
 
 
 def read_tree(text):
     """Tree of a respelled answer: a list, rounded value, relation, ratio, bracket or atom."""
-    for form, separator in (("∪", "∪"), ("", ";"), ("", ",")):
+    for separator in "∪;,":
         parts, found = split_top(text, separator)
         if found:
+            form = separator.strip(";,")
             return form, [read_tree(part) for part in parts if part]
     exact, found, rounded = text.rpartition("≈")
     if found:  # 100/3 ≈ 33.33 is both, if it is rounded rightly

@@ -1376,22 +1376,23 @@ def grade(batch, problems, tokenizer, marker):
     [start, end) of latent positions, switches in number. format_ok: the marker occurs exactly once.
     row: all columns of the problem's row in its file, for a reward of your own.
     """
-    lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
-    latent = F.pad(batch["latent_mask"].int().cpu(), (1, 1))
+    lengths = batch["lengths"].tolist()
+    finished = batch["finished"].tolist()
+    masks = batch["latent_mask"].tolist()
     ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     records = []
     for row, text in enumerate(texts):
         problem = problems[row * len(problems) // len(texts)]
-        edges = latent[row, : lengths[row] + 1].diff(append=torch.zeros(1, dtype=torch.int32))
-        spans = edges.nonzero()[:, 0].view(-1, 2).tolist()
+        latent = masks[row][: lengths[row]]
+        spans = [list(run.span()) for run in re.finditer(rb"\1+", bytes(latent))]
         answer = extract_answer(text, marker)
         records.append({
             "question": problem["question"], "completion": text,
             "extracted": answer, "gold": problem["answer"], "unanswered": answer is None,
             "correct": is_correct(text, problem["answer"], marker),
             "format_ok": text.count(marker) == 1, "truncated": not finished[row],
-            "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
+            "length": lengths[row], "latent_steps": sum(latent),
             "switches": len(spans), "latent_spans": spans, "set": problem.get("set", ""),
             "row": problem.get("row", {})})
     return records

@@ -1672,7 +1672,7 @@ def parse_flags(config, presets, doc, argv=None):
     source = inspect.getsource(config)
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(
-        usage=f"{Path(inspect.getsourcefile(config)).name} [--flag value ...]", description=doc,
+        usage="%(prog)s [--flag value ...]", description=doc,
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, add_help=False)
     for field in dataclasses.fields(config):
         note = notes[field.name].replace("%", "%%") + " (%(default)s)"

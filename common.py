@@ -1715,16 +1715,15 @@ def resolve_config(cfg, method, counts=(), minibatches=1):
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device.startswith("cuda") else "float32"
     if not cfg.out_dir:
-        name = re.sub(r"[^\w.-]+", "-", cfg.model.rstrip("/").split("/")[-1])
+        name = re.sub(r"[^\w.-]+", "-", Path(cfg.model).name)
         cfg.out_dir = f"runs/{method}-{name}-s{cfg.seed}"
 
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        least = int(field.name in AT_LEAST_1 or field.name in counts)
-        if field.type in (int, float) and not least <= value < math.inf:
-            fail(f"--{field.name} {value}: must be at least {least} and finite")
+    for flag, value in vars(cfg).items():
+        least = int(flag in (*AT_LEAST_1, *counts))
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            fail(f"--{flag} {value}: must be at least {least} and finite")
     shares = int(os.environ.get("WORLD_SIZE", 1)) * minibatches
-    has_file = any(ENDING.search(name.strip()) for name in cfg.train.split(","))
+    has_file = any(map(ENDING.search, re.split(r"\s*,\s*", cfg.train)))
     rules = [  # flag, is its value fine, what would be
         ("num_prompts", cfg.num_prompts % shares == 0, f"what divides by ranks x minibatches = "
          f"{shares}, since a group of completions stays together"),

@@ -1923,6 +1923,10 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+SAMPLE = """  {question!r:.200} -> {completion!r}
+  extracted {extracted!r}, gold {gold!r}, reward {reward}, latent steps {latent_steps}"""
+
+
 class Progress:
     """What rank 0 shows of a run: a bar (plain lines without a terminal), samples, warnings."""
 
@@ -1930,7 +1934,7 @@ class Progress:
         hidden = dist.get_rank() > 0 or None  # None: hidden where there is no terminal
         self.bar = tqdm(total=steps, initial=step, desc=title, disable=hidden)
         self.gap_limit = 0.2 if dtype == "bfloat16" else 0.01
-        self.bad_steps = {}  # {problem: steps in a row}
+        self.bad_steps = collections.Counter()  # {problem: steps in a row}
 
     def show(self, row, records):
         """A row of metrics.jsonl; with a training row now and then two of its completions."""
@@ -1947,20 +1951,17 @@ class Progress:
             print(line, flush=True)
         if row["step"] % 50 == 1:
             for record in records[:2]:
-                tqdm.write(
-                    f"  {record['question'][-200:]!r} -> {record['completion'][-600:]!r}\n"
-                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
-                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
-        length = row.get("length", math.inf)
+                tqdm.write(SAMPLE.format(**{**record, "completion": record["completion"][-600:]}))
         gap = row.get("logprob_gap") or 0.0
+        all_latent = row.get("latent_steps", 0) >= row.get("length", math.inf)
         self.complain("reward is 0", row.get("reward") == 0)
         self.complain("over 30 % are truncated", row.get("truncated_frac", 0) > 0.3)
-        self.complain("no position is plain", row.get("latent_steps", 0) >= length)
+        self.complain("no position is plain", all_latent)
         self.complain("logprob_gap is large, rollout and update disagree", gap > self.gap_limit)
 
     def complain(self, problem, is_there):
         """Warn once when a problem has been there for 10 steps running, or from the first on."""
-        self.bad_steps[problem] = self.bad_steps.get(problem, 0) + 1 if is_there else 0
+        self.bad_steps[problem] = self.bad_steps[problem] + 1 if is_there else 0
         if self.bad_steps[problem] == 10:
             warn(f"{problem} for 10 steps: read samples.jsonl, check --answer_marker and lengths")
 

@@ -1966,7 +1966,6 @@ class Progress:
             warn(f"{problem} for 10 steps: read samples.jsonl, check --answer_marker and lengths")
 
 
-
 # ---- checkpoints and run folder ------------------------------------------------------------------
 #   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
 #   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
@@ -1982,13 +1981,14 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
     """
     folder = out_dir / f"step_{state['step']:06d}"
     partial = folder.with_name(folder.name + ".partial")
-    hf, latent = partial / "hf", partial / "hf" / "latent"
+    hf = partial / "hf"
+    latent = hf / "latent"
     if folder.exists():
         if checkpoint_step(folder) == state["step"]:
             return True  # a stop signal just after the periodic save
         set_aside(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    own = {k: v.contiguous() for k, v in policy.state_dict().items()
+    own = {k: v for k, v in policy.state_dict().items()
            if not k.startswith(("lm.", "table."))}
     trained = {k: v.detach() for k, v in policy.named_parameters() if v.requires_grad}
     try:
@@ -2000,12 +2000,11 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         (latent / "config.json").write_text(told, encoding="utf-8")
         torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
                    partial / "trainer.pt")
-        umask = os.umask(0)
-        os.umask(umask)
         manifest = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            path.chmod(0o666 & ~umask)  # safetensors leaves mode 0600
-            manifest[str(path.relative_to(partial))] = sha256(path)
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors leaves mode 0600
+                manifest[str(path.relative_to(partial))] = sha256(path)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
@@ -2028,15 +2027,12 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     fresh run: a reference copied from it before this call is the original one, never the resumed
     policy.
     """
-    refuse_differences(folder, checkpoint_settings(folder), settings, free)
+    refuse_differences(folder, settings, free)
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
-    parameters = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, value in state.pop("policy").items():
-            parameters[name].copy_(value)
+    policy.load_state_dict(state.pop("policy"), strict=False)  # the frozen ones are not in it
     moments = state.pop("optimizer")
     if optimizer is not None:
         optimizer.load_state_dict(moments)
@@ -2072,9 +2068,9 @@ def checkpoint_defect(folder):
     """Why a checkpoint cannot be trusted; "" when every file matches the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
-        wrong += [name for name in ("trainer.pt", "hf/latent/config.json") if name not in manifest]
-    except (OSError, ValueError, AttributeError) as error:
+        needed = {"trainer.pt": "", "hf/latent/config.json": "", **manifest}
+        wrong = [name for name, value in needed.items() if sha256(folder / name) != value]
+    except (OSError, ValueError, TypeError) as error:
         return first_line(error)
     return f"{wrong[0]} differs from its sha256" if wrong else ""
 
@@ -2089,7 +2085,6 @@ def latest_checkpoint(out_dir, clean=False):
             set_aside(folder)
         else:
             warn(f"skipping checkpoint {folder}: {defect}")
-    return None
 
 
 def set_aside(folder):

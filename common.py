@@ -2110,24 +2110,26 @@ def find_resume(out_dir, resume, settings, free):
     lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
-        if folder is None and latest_checkpoint(out_dir / "sft") is None:
-            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
-        if folder is None:
-            return None, lock  # a supervised stage goes on by itself
+        if folder is None:  # a supervised stage goes on by itself
+            if latest_checkpoint(out_dir / "sft") is None:
+                warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
+            return None, lock
     else:
-        folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
-        if folder.resolve() not in known:
-            fail(f"--resume {resume}: not a checkpoint (step_NNNNNN) in --out_dir {out_dir}")
-        if checkpoint_defect(folder):
-            fail(f"--resume {resume}: {checkpoint_defect(folder)}")
-        if folder.resolve() != known[-1]:
-            fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
-    refuse_differences(folder, checkpoint_settings(folder), settings, free)
+        folder = Path(resume)
+        known = [p.resolve() for p in step_folders(out_dir)]
+        defect = checkpoint_defect(folder)
+        if folder.resolve() not in known[-1:]:
+            defect = (f"not a checkpoint (step_NNNNNN) in --out_dir {out_dir}, or one with newer "
+                      "checkpoints beside it; move those away first")
+        if defect:
+            fail(f"--resume {resume}: {defect}")
+    refuse_differences(folder, settings, free)
     return folder, lock
 
 
-def refuse_differences(folder, saved, settings, free):
+def refuse_differences(folder, settings, free):
     """`fail`, naming every setting that a resumed run would change."""
+    saved = checkpoint_settings(folder)
     pairs = [f"{key}: saved {saved.get(key)!r}, now {value!r}" for key, value in settings.items()
              if key not in free and saved.get(key) != value]
     if pairs:

@@ -2153,12 +2153,11 @@ def lock_file(flag, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a", encoding="utf-8")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{flag} is in use by another process; name another one")
     except OSError as error:
         fail(f"{flag}: cannot be written ({first_line(error)})")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{flag} is in use by another process; name another one")
     return lock
 
 
@@ -2171,7 +2170,7 @@ def open_run(out_dir, settings, script, resumed_step):
         for partial in out_dir.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         for source in (script, __file__):
-            shutil.copy(source, out_dir / "code" / Path(source).name)
+            shutil.copy(source, out_dir / "code")
         (out_dir / "config.json").write_text(record, encoding="utf-8")
         for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -2200,12 +2199,13 @@ def log_rows(out_dir, metrics, records):
         sample.pop("row", None)  # the user has it in a file
         samples.append(sample)
     for name, lines in {"metrics.jsonl": [metrics], "samples.jsonl": samples}.items():
+        path = out_dir / name
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(out_dir / name, "a", encoding="utf-8") as f:
+            with open(path, "a", encoding="utf-8") as f:
                 f.write(text)
         except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
             with contextlib.suppress(OSError):
-                os.truncate(out_dir / name, size)
-            warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
+                os.truncate(path, size)
+            warn(f"{path}: step {metrics['step']} not written ({first_line(error)})")

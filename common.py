@@ -11,6 +11,7 @@ V vocabulary, H hidden size, K candidates. Bad input ends in `fail`: one line an
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -21,6 +22,7 @@ import gc
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -33,7 +35,6 @@ import signal
 import sys
 import time
 import unicodedata
-import urllib.request
 import zlib
 from datetime import timedelta
 from fractions import Fraction
@@ -92,12 +93,6 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
         ids = getattr(owner, "eos_token_id", None)
         ends.update(ids if isinstance(ids, list) else [ids])
     lm.eos_ids = sorted(i for i in ends - {None} if i < lm.num_tokens)
-    if not lm.eos_ids:
-        fail(f"--model {name}: no end-of-sequence id in its tokenizer, config or generation config")
-    if lm.num_tokens > lm.get_input_embeddings().num_embeddings:
-        fail(f"--model {name}: {lm.num_tokens} tokenizer ids but fewer embedding rows; resize it")
-    pad_id = tokenizer.pad_token_id
-    lm.pad_id = lm.eos_ids[0] if pad_id is None else pad_id
     lm.to(device)
     try:
         fault = find_fault(lm)
@@ -106,6 +101,8 @@ def load_model(name, dtype=torch.float32, device="cpu", lora_rank=0):
     logging.set_verbosity(verbosity)
     if fault:
         fail(f"--model {name}: {fault}; docs/models.md lists what works")
+    pad_id = tokenizer.pad_token_id
+    lm.pad_id = lm.eos_ids[0] if pad_id is None else pad_id
     if lora_rank:
         add_lora(lm, lora_rank)
     return lm, tokenizer
@@ -119,13 +116,12 @@ def read_model(name, dtype):
     path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
     if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
         fail(f"--model {name}: no such folder")  # rather than ask the hub for it
-    source = str(path) if path.is_dir() else name
+    source = str(path)
     code = {"trust_remote_code": False}  # else it asks whether to run a folder's own code
     try:
         config = AutoConfig.from_pretrained(source, **code)
         if getattr(config, "quantization_config", None):
-            fail(f"--model {name}: its weights are quantised and cannot be trained; "
-                 "use the model that it was made from")
+            raise ValueError("its weights are quantised; use the model that it was made from")
         for key in config.to_dict():
             if re.search("dropout|_pdrop", key):
                 setattr(config, key, 0.0)
@@ -158,6 +154,11 @@ def find_fault(lm):
     """
     from transformers import DynamicCache
 
+    table = lm.get_input_embeddings()
+    if not lm.eos_ids:
+        return "no end-of-sequence id in its tokenizer, config or generation config"
+    if lm.num_tokens > table.num_embeddings:
+        return f"{lm.num_tokens} tokenizer ids but fewer embedding rows; resize it"
     for key, weight in lm.named_parameters():
         if not weight.isfinite().all():
             return f"NaN or infinite values in {key}"
@@ -173,7 +174,6 @@ def find_fault(lm):
              f"{rope['original_max_position_embeddings']}: keep prompt and completion below")
 
     padding = 16
-    table = lm.get_input_embeddings()
     ids = torch.arange(76, device=lm.device).view(2, 38) % lm.num_tokens
     embeds = table(ids)  # [2, S, H]
     exists = torch.ones_like(ids, dtype=torch.bool)
@@ -237,16 +237,12 @@ def load_method(policy, name, method):
     elif saved:
         file = model_folder(name) / "latent" / "method.safetensors"
         try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            fail(f"{file}: {first_line(error)}")
-        found = {key: value.shape for key, value in tensors.items()}
-        wanted = {key: value.shape for key, value in policy.state_dict().items()
-                  if not key.startswith(("lm.", "table."))}
-        wrong = sorted(key for key, _ in found.items() ^ wanted.items())
+            missing, wrong = policy.load_state_dict(load_file(file), strict=False)
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
+            fail(f"{file}: {' '.join(str(error).split())}")
+        wrong += [key for key in missing if not key.startswith(("lm.", "table."))]
         if wrong:
             fail(f"{file}: not the tensors of {method}; these differ: {wrong[:3]}")
-        policy.load_state_dict(tensors, strict=False)
 
 
 def first_line(error):
@@ -259,7 +255,7 @@ def weights_fingerprint(module):
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
+        flat = tensor.flatten()
         step = flat.numel() // 256 + 1
         sample = flat[::step].float().cpu()
         digest.update(sample.numpy().tobytes())
@@ -286,9 +282,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.enabled = True
-        place = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -298,20 +294,16 @@ class LoRALinear(nn.Module):
         low = F.linear(x.float(), self.lora_A)  # [..., r]
         return (y + 2 * F.linear(low, self.lora_B)).to(y.dtype)
 
-    def merged_weight(self):
-        return self.base.weight.float() + 2 * self.lora_B @ self.lora_A  # [out, in] float32
-
 
 def add_lora(lm, rank):
     """Freeze lm and wrap every linear layer of its blocks (q, k, v, o, gate, up, down) in place."""
     lm.requires_grad_(False)
-    modules = dict(lm.base_model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    body = lm.base_model
+    linears = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         fail(f"--lora_rank {rank}: {type(lm).__name__} has no nn.Linear layers; use --lora_rank 0")
     for name in linears:
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LoRALinear(modules[name], rank))
+        body.set_submodule(name, LoRALinear(body.get_submodule(name), rank))
 
 
 @contextlib.contextmanager
@@ -330,29 +322,25 @@ def lora_disabled(lm):
 @torch.no_grad()
 def merged_state_dict(lm):
     """Weights under their ordinary transformers names, adapters merged in (in float32)."""
-    state = {}
-    for key, value in lm.state_dict().items():
-        if ".lora_" not in key:
-            state[key.replace(".base.", ".")] = value
+    state = {key.replace(".base.", "."): value for key, value in lm.state_dict().items()
+             if ".lora_" not in key}
     for name, module in lm.named_modules():
         if isinstance(module, LoRALinear):
-            state[f"{name}.weight"] = module.merged_weight()
-    return {k: v.contiguous() for k, v in state.items()}
+            change = 2 * module.lora_B @ module.lora_A
+            state[f"{name}.weight"] = module.base.weight.float() + change  # [out, in]
+    return state
 
 
 def tiny_folder(name):
     """Folder of the trained model `tiny:SPEC`. Rank 0 trains it the first time, the others wait."""
     spec = name.partition(":")[2] or "arithmetic"
     recipe = inspect.getsource(train_tiny) + inspect.getsource(arithmetic_problems)
-    text = f"{spec} {torch.__version__} {recipe}"
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    key = fingerprint([spec, torch.__version__, recipe])
     folder = CACHE / f"tiny-{spec.replace(':', '-')}-{key}"
     if os.environ.get("RANK", "0") == "0" and not folder.exists():
+        check_writable(f"--model {name}, in LATENT_RL_CACHE", CACHE)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:  # said now, not after a minute of training
-            fail(f"--model {name}: no place to keep it ({error}); set LATENT_RL_CACHE to another")
+        partial.mkdir(parents=True)
         with torch.random.fork_rng():
             train_tiny(spec, partial)
         with contextlib.suppress(OSError):  # another run may have finished first, with the same
@@ -370,8 +358,13 @@ def train_tiny(spec, folder):
     problems is >= 0.35 three times running. More of it would not help: accuracy stays near 0.5,
     for the teacher is wrong on some facts. Imitation cannot repair that, verified reward can.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     words = ["<pad>", "<bos>", "<eos>", *"0123456789+-*="]
     char = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
@@ -380,7 +373,7 @@ def train_tiny(spec, folder):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=char, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     marks = ["<think>", "</think>", "<start-latent>", "<end-latent>", "<latent>"]
-    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in marks])  # not special: graded
+    tokenizer.add_tokens(marks)  # not special: graded
     turns = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
     tokenizer.chat_template = "{{ bos_token }}" + turns + "<think>"
 
@@ -393,31 +386,28 @@ def train_tiny(spec, folder):
     prompts = tokenizer([f"<bos>{p['question']}<think>" for p in problems])["input_ids"]
     chains = tokenizer(["".join(p["steps"]) + f"</think>{p['teacher_answer']}<eos>"
                         for p in problems])["input_ids"]
+    examples = [{"input_ids": prompt + chain, "labels": [-100] * len(prompt) + chain}
+                for prompt, chain in zip(prompts, chains)]  # labels of -100 do not count
+    collate = DataCollatorForSeq2Seq(tokenizer)  # pads
     held = [i for i in range(256) if len(prompts[i]) == len(prompts[0])]  # needs no padding
     optimizer = torch.optim.AdamW(lm.parameters(), 2e-3, (0.9, 0.95), weight_decay=0.01)
-    passed, order = 0, random.Random(0)
-    for step in (bar := tqdm(range(2000), "training tiny, once", disable=None)):
-        chosen = [order.randrange(256, len(problems)) for _ in range(64)]
-        ids = [torch.tensor(prompts[i] + chains[i]) for i in chosen]
-        labels = [torch.tensor([-100] * len(prompts[i]) + chains[i]) for i in chosen]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    passed = 0
+    order = random.Random(0)
+    for step in tqdm(range(2000), "training tiny, once", disable=None):
+        batch = collate([examples[order.randrange(256, len(examples))] for _ in range(64)])
+        lm(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 19:
             ids = torch.tensor([prompts[i] for i in held])
-            ids = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64)
+            ids = lm.generate(ids, max_new_tokens=64)
             texts = zip(held, tokenizer.batch_decode(ids))
             right = sum(f"</think>{problems[i]['answer']}<eos>" in text for i, text in texts)
-            bar.set_postfix(accuracy=f"{right / len(held):.2f}")
             passed = passed + 1 if right >= 0.35 * len(held) else 0
             if passed == 3:
                 break
-    bar.close()
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -448,15 +438,14 @@ ANNOTATION = r"<<[^<>\n]*=[^<>\n]*>>"  # a calculator step in GSM8K's prose: <<4
 ENDING = re.compile(r"\.(jsonl|json|csv|parquet)(?:\.gz)?$")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = {  # what a column may be called; a dot reaches into it; the first one with a value counts
-    "question": ("question", "problem", "query", "extra_info.question", "prompt", "input",
-                 "messages"),
-    "answer": ("answer.aliases", "answers.text", "answer", "answers", "final_answer", "final_ans",
-               "expected_answer", "golden_answers", "ground_truth", "target", "answerkey",
-               "reward_model.ground_truth.target", "reward_model.ground_truth"),
-    "prose": ("cot_answer", "solution", "response", "completion", "messages"),  # ends in the answer
-    "chain": ("cot", "solution", "response", "completion", "messages", "extra_info.answer"),
-    "steps": ("steps",),
-    "choices": ("choices", "options"),
+    "question": "question problem query extra_info.question prompt input messages",
+    "answer": """answer.aliases answers.text answer answers final_answer final_ans expected_answer
+        golden_answers ground_truth target answerkey reward_model.ground_truth.target
+        reward_model.ground_truth""",
+    "prose": "cot_answer solution response completion messages",  # ends in the answer
+    "chain": "cot solution response completion messages extra_info.answer",
+    "steps": "steps",
+    "choices": "choices options",
 }
 
 
@@ -485,12 +474,16 @@ def load_set(name, split, limit):
     path = find_file(name, split)
     problems, lost = [], []
     for line, row in read_rows(path):
-        problem = read_problem(row, f"{path}:{line}")
-        none = problem["answer"] in ("proof", "notfound")  # so NuminaMath says that it has none
-        if is_readable(problem["answer"]) and not none:
+        source = f"{path}:{line}"
+        try:
+            problem = {**read_problem(row), "source": source}
+        except ValueError as error:
+            fail(f"{source}: {error}")
+        answer = problem["answer"]
+        if is_readable(answer) and answer not in ("proof", "notfound"):  # NuminaMath has those
             problems.append(problem)
         else:
-            lost.append(f"{path}:{line}: {problem['answer']!r:.50}")
+            lost.append(f"{source}: {answer!r:.50}")
     if lost:
         warn(f"{len(lost)} rows dropped, their answer is not readable or not marked by #### or "
              f"\\boxed: {'; '.join(lost[:5])}")
@@ -531,7 +524,7 @@ def find_file(name, split):
             return hf_hub_download(hub[1], hub[3], repo_type="dataset", revision=hub[2])
         if split in splits:
             return download(*splits[split])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: not the pinned sha256
         fail(f"{name}: {first_line(error)}; offline, a path or LATENT_RL_DATA=folder of named sets")
     fail(f"{name} ({split}): want arithmetic, a path or hub:owner/repo/file ending in .jsonl, "
          f".json, .csv (.gz) or .parquet, or one of {', '.join(NAMED_SETS)} (only gsm8k has the "
@@ -539,7 +532,7 @@ def find_file(name, split):
 
 
 def find_local(name, split):
-    """Path of NAME_SPLIT.jsonl(.gz) in $LATENT_RL_DATA, or of NAME.jsonl(.gz); "" without."""
+    """Path of NAME_SPLIT.jsonl(.gz) in $LATENT_RL_DATA, or of NAME.jsonl(.gz), or None."""
     folder = os.environ.get("LATENT_RL_DATA", os.devnull)
     stems = [f"{name}_{split}"]
     if list(NAMED_SETS.get(name, [split])) == [split]:  # a set that has no other split
@@ -549,18 +542,14 @@ def find_local(name, split):
             path = Path(folder, stem + ending)
             if path.is_file():
                 return str(path)
-    return ""
 
 
 def download(address, digest):
-    """Path of a pinned file in the cache. Written beside its name, checked, then renamed."""
+    """Path of a pinned file in the cache."""
     path = CACHE / "data" / re.sub(r"^\w+:/+", "", address)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial, _ = urllib.request.urlretrieve(address, f"{path}.{os.getpid()}.partial")
-        if not sha256(partial).startswith(digest):
-            fail(f"{address}: {partial} is not the pinned file, its sha256 differs")
-        os.replace(partial, path)
+        torch.hub.download_url_to_file(address, str(path), digest, progress=False)
     return str(path)
 
 
@@ -614,10 +603,13 @@ def json_rows(text):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def read_problem(row, source):
-    """A row of a file -> problem; its columns may have any of the names in COLUMNS."""
+def read_problem(row):
+    """A row of a file -> problem; its columns may have any of the names in COLUMNS.
+
+    ValueError says what is wrong with it.
+    """
     if not isinstance(row, dict) or None in row:
-        fail(f"{source}: want a JSON object, or as many CSV cells as the header has")
+        raise ValueError("want a JSON object, or as many CSV cells as the header has")
     columns = {key.strip().lower(): value for key, value in row.items()}
     found = {kind: find_column(columns, kind) for kind in COLUMNS}
     prose = found["answer"] is None
@@ -625,20 +617,20 @@ def read_problem(row, source):
         found["answer"] = found["prose"]
     for kind in ("question", "answer"):
         if found[kind] is None:
-            fail(f"{source}: no {kind} or an empty one in the columns {', '.join(row)}; rename the "
-                 f"right one to {kind}")
-    question = read_text(found["question"], f"{source}: question")
+            raise ValueError(f"no {kind} or an empty one in the columns {', '.join(row)}; "
+                             f"rename the right one to {kind}")
+    question = read_text(found["question"], "question")
     if isinstance(columns.get("body"), str):  # SVAMP tells its story there
         question = f"{columns['body'].rstrip('. ')}. {question}"
     value = found["answer"]
-    answer = read_gold(value, prose, f"{source}: answer")
+    answer = read_gold(value, prose)
     if found["choices"]:
         question, answer = add_choices(
-            question, answer, isinstance(value, str), found["choices"], source)
+            question, answer, isinstance(value, str), found["choices"])
     chain = value if "####" in str(value) else found["chain"]
-    steps, solution = read_chain(chain, found["steps"], source)
+    steps, solution = read_chain(chain, found["steps"])
     return {"question": question, "answer": answer, "steps": steps, "solution": solution,
-            "source": source, "row": row}
+            "row": row}
 
 
 def find_column(columns, kind):
@@ -648,7 +640,7 @@ def find_column(columns, kind):
     turn of a row gives way to --instruction.
     """
     role = "user" if kind == "question" else "assistant"
-    for name in COLUMNS[kind]:
+    for name in COLUMNS[kind].split():
         value = columns
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -659,20 +651,20 @@ def find_column(columns, kind):
             return value
 
 
-def read_text(value, where):
-    """A cell as text; 18.0 is 18. `fail`s where it is empty, no number (NaN) or no text."""
+def read_text(value, column):
+    """A cell as text; 18.0 is 18. ValueError where it is empty, no number (NaN) or no text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if isinstance(value, list | dict | None) else str(value).strip()
-    if text.lower() in ("", "nan", "inf", "-inf") or re.search(r"[\ud800-\udfff]", text):
-        fail(f"{where} is empty or not text: {value!r:.50}")
+    if re.search(r"(?i)^(?:nan|-?inf)?$|[\ud800-\udfff]", text):
+        raise ValueError(f"{column} is empty or not text: {value!r:.50}")
     return text
 
 
-def read_gold(value, prose, where):
+def read_gold(value, prose):
     """Gold answer of a cell: a text, or a list of accepted texts; "" where prose marks none."""
     cells = value if isinstance(value, list) and value else [value]
-    golds = [read_text(cell, where) for cell in cells]
+    golds = [read_text(cell, "answer") for cell in cells]
     if prose or "####" in golds[0]:
         golds = [marked_answer(gold) for gold in golds]
     return golds if len(golds) > 1 else golds[0]
@@ -684,15 +676,15 @@ def marked_answer(text):
     A text without a mark is an answer itself when it has at most five words; else "".
     """
     answer = extract_answer(text)
+    if answer is not None:
+        return answer
     stated = re.search(r"(?i)\banswer(?: is:?|:) *(.+)$", text)  # as MetaMathQA ends
-    if answer is None and stated:
-        answer = stated[1].rstrip(" .")
-    if answer is None and len(text.split()) <= 5:
-        answer = text
-    return answer or ""
+    if stated:
+        return stated[1].rstrip(" .")
+    return text if len(text.split()) <= 5 else ""
 
 
-def add_choices(question, answer, is_text, choices, source):
+def add_choices(question, answer, is_text, choices):
     """(Question with its choices as A., B., ..., letter of the answer).
 
     choices  a list, {"text": [...], "label": [...]} or a text with | between
@@ -706,27 +698,26 @@ def add_choices(question, answer, is_text, choices, source):
     if isinstance(choices, str):
         choices = choices.split("|")
     if not isinstance(choices, list) or not isinstance(labels, list | str) or len(choices) > 26:
-        fail(f"{source}: choices must be a list of at most 26 texts: {choices!r:.50}")
-    texts = [read_text(text, f"{source}: choices") for text in choices]
-    labels = [str(label) for label in labels]
-    indices = [str(index) for index in range(len(texts))]
-    ways = [labels if answer in labels else indices]
-    if is_text:
-        ways.append(texts)
-    places = {i for names in ways for i, name in enumerate(names[: len(texts)]) if name == answer}
-    if len(places) != 1:
-        fail(f"{source}: answer {answer!r} names none or two of the {len(texts)} choices; want a "
-             "label, a letter or a text, or an index from 0 as a number")
+        raise ValueError(f"choices must be a list of at most 26 texts: {choices!r:.50}")
+    texts = [read_text(text, "choices") for text in choices]
+    names = [str(label) for label in labels]
+    if answer not in names:
+        names = list(map(str, range(26)))
+    found = [letter for letter, name, text in zip(LETTERS, names, texts)
+             if answer == name or is_text and answer == text]
+    if len(found) != 1:
+        raise ValueError(f"answer {answer!r} names none or two of the {len(texts)} choices; want "
+                         "a label, a letter or a text, or an index from 0 as a number")
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts)]
-    return "\n".join([question, *lines]), LETTERS[places.pop()]
+    return "\n".join([question, *lines]), found[0]
 
 
-def read_chain(prose, steps, source):
+def read_chain(prose, steps):
     """(Steps, solution) that lead to the answer, each None where there is none."""
     text = prose.rsplit("####", 1)[0] if isinstance(prose, str) else ""
     if not isinstance(steps, list):
         steps = re.findall(ANNOTATION, str(steps or text))
-    steps = [read_text(step, f"{source}: steps") for step in steps]
+    steps = [read_text(step, "steps") for step in steps]
     solution = re.sub(rf"{ANNOTATION}|</?think>|[\ud800-\udfff]", "", text).strip()
     return steps or None, solution or None
 
@@ -754,28 +745,31 @@ def arithmetic_problems(spec, split="train", limit=0):
         fail(f"{spec} ({split}): want arithmetic, arithmetic-verbose, arithmetic-restated, "
              "arithmetic:N or arithmetic:LO-HI, lengths of 1 to 40, split train or test")
     teacher = random.Random("sloppy")
-    sloppy = {}
-    for fact in [(a, op, b) for a in range(10) for op in "+-*" for b in range(10)]:
-        unreliable, shift = teacher.random() < 0.17, teacher.randint(1, 9)
-        if unreliable:
-            sloppy[fact] = (apply_operation(*fact) + shift) % 10
+    shifts = {}  # {fact: by how much the teacher errs}
+    for fact in itertools.product(range(10), "+-*", range(10)):
+        is_sloppy = teacher.random() < 0.17
+        shift = teacher.randint(1, 9)
+        shifts[fact] = shift * is_sloppy
     rng = random.Random(f"{spec} {split}")
     wanted = limit or (16384 if split == "train" else 1024)
     rows = []
     while len(rows) < wanted:
         value = truth = rng.randint(0, 9)
-        question, steps = str(value), []
+        question = str(value)
+        steps = []
         for _ in range(rng.randint(low, high)):
             op = rng.choice("+-*")
             b = rng.choice((3, 7, 9)) if op == "*" else rng.randint(0, 9)
-            errs = (value, op, b) in sloppy and rng.random() < 0.6
-            if parts[1] == "-restated":
-                steps.append(f"{op}{b}={value}{op}{b}")
-            value = sloppy[value, op, b] if errs else apply_operation(value, op, b)
+            shift = shifts[value, op, b]
+            if shift and rng.random() >= 0.6:
+                shift = 0
+            before = value
+            value = (apply_operation(value, op, b) + shift) % 10
             truth = apply_operation(truth, op, b)
             question += f"{op}{b}"
-            written = {None: f"{op}{value}", "-verbose": f"{op}{b}={value}"}
-            steps.append(written.get(parts[1], f"={value}"))
+            styles = {None: [f"{op}{value}"], "-verbose": [f"{op}{b}={value}"],
+                      "-restated": [f"{op}{b}={before}{op}{b}", f"={value}"]}
+            steps += styles[parts[1]]
         if (zlib.crc32(question.encode()) % 16 == 0) == (split == "test"):
             rows.append({"question": f"{question}=", "answer": str(truth), "steps": steps,
                          "solution": None, "teacher_answer": str(value),
@@ -809,10 +803,8 @@ def encode_prompts(tokenizer, problems, cfg):
     texts = [render_prompt(tokenizer, problem["question"], cfg) for problem in problems]
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     check_characters(tokenizer, texts, encoded)
-    kept = []
-    for problem, ids in zip(problems, encoded):
-        if len(ids) <= cfg.max_prompt_length:
-            kept.append({**problem, "prompt_ids": ids})
+    kept = [{**problem, "prompt_ids": ids} for problem, ids in zip(problems, encoded)
+            if len(ids) <= cfg.max_prompt_length]
     lost = len(problems) - len(kept)
     if lost:
         (warn if kept else fail)(
@@ -836,8 +828,8 @@ def render_prompt(tokenizer, question, cfg):
         return (framed if task else question) + cfg.prompt_suffix
     attempts = [[{"role": "user", "content": f"{task}\n\n{question}".strip()}]]
     if task and "system" in str(tokenizer.chat_template):
-        system = {"role": "system", "content": task}
-        attempts.insert(0, [system, {"role": "user", "content": question}])
+        attempts.insert(0, [{"role": "system", "content": task},
+                            {"role": "user", "content": question}])
     for turns in attempts:
         try:
             return render_turns(tokenizer, turns, cfg) + cfg.prompt_suffix
@@ -1210,23 +1202,27 @@ def respell(text):
 
 def split_top(text, separators):
     """Parts of the text between separators outside all brackets, and those separators."""
-    parts, found, depth, start = [], "", 0, 0
-    for k, char in enumerate(text):
+    parts = [""]
+    found = ""
+    depth = 0
+    for char in text:
         depth += (char in "([{⟦") - (char in ")]}⟧")
         if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
         if depth == 0 and char in separators:
-            parts.append(text[start:k].strip())
+            parts.append("")
             found += char
-            start = k + 1
-    return [*parts, text[start:].strip()], found
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts], found
 
 
 def read_tree(text):
     """Tree of a respelled answer: a list, rounded value, relation, ratio, bracket or atom."""
-    for form, separator in (("∪", "∪"), ("", ";"), ("", ",")):
+    for separator in "∪;,":
         parts, found = split_top(text, separator)
         if found:
+            form = separator.strip(";,")
             return form, [read_tree(part) for part in parts if part]
     exact, found, rounded = text.rpartition("≈")
     if found:  # 100/3 ≈ 33.33 is both, if it is rounded rightly
@@ -1380,22 +1376,23 @@ def grade(batch, problems, tokenizer, marker):
     [start, end) of latent positions, switches in number. format_ok: the marker occurs exactly once.
     row: all columns of the problem's row in its file, for a reward of your own.
     """
-    lengths, finished = batch["lengths"].tolist(), batch["finished"].tolist()
-    latent = F.pad(batch["latent_mask"].int().cpu(), (1, 1))
+    lengths = batch["lengths"].tolist()
+    finished = batch["finished"].tolist()
+    masks = batch["latent_mask"].tolist()
     ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     records = []
     for row, text in enumerate(texts):
         problem = problems[row * len(problems) // len(texts)]
-        edges = latent[row, : lengths[row] + 1].diff(append=torch.zeros(1, dtype=torch.int32))
-        spans = edges.nonzero()[:, 0].view(-1, 2).tolist()
+        latent = masks[row][: lengths[row]]
+        spans = [list(run.span()) for run in re.finditer(rb"\1+", bytes(latent))]
         answer = extract_answer(text, marker)
         records.append({
             "question": problem["question"], "completion": text,
             "extracted": answer, "gold": problem["answer"], "unanswered": answer is None,
             "correct": is_correct(text, problem["answer"], marker),
             "format_ok": text.count(marker) == 1, "truncated": not finished[row],
-            "length": lengths[row], "latent_steps": sum(end - start for start, end in spans),
+            "length": lengths[row], "latent_steps": sum(latent),
             "switches": len(spans), "latent_spans": spans, "set": problem.get("set", ""),
             "row": problem.get("row", {})})
     return records
@@ -1675,7 +1672,7 @@ def parse_flags(config, presets, doc, argv=None):
     source = inspect.getsource(config)
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(
-        usage=f"{Path(inspect.getsourcefile(config)).name} [--flag value ...]", description=doc,
+        usage="%(prog)s [--flag value ...]", description=doc,
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, add_help=False)
     for field in dataclasses.fields(config):
         note = notes[field.name].replace("%", "%%") + " (%(default)s)"
@@ -1696,9 +1693,8 @@ def parse_flags(config, presets, doc, argv=None):
     return config(**{**vars(parser.parse_args(argv)), "preset": preset})
 
 
-AT_LEAST_1 = ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "micro_batch",
-              "eval_every", "eval_batch", "num_samples", "save_every", "keep_checkpoints",
-              "dist_timeout")
+AT_LEAST_1 = """steps num_prompts max_prompt_length max_completion_length micro_batch eval_every
+    eval_batch num_samples save_every keep_checkpoints dist_timeout""".split()
 
 
 def resolve_config(cfg, method, counts=(), minibatches=1):
@@ -1719,16 +1715,15 @@ def resolve_config(cfg, method, counts=(), minibatches=1):
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device.startswith("cuda") else "float32"
     if not cfg.out_dir:
-        name = re.sub(r"[^\w.-]+", "-", cfg.model.rstrip("/").split("/")[-1])
+        name = re.sub(r"[^\w.-]+", "-", Path(cfg.model).name)
         cfg.out_dir = f"runs/{method}-{name}-s{cfg.seed}"
 
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        least = int(field.name in AT_LEAST_1 or field.name in counts)
-        if field.type in (int, float) and not least <= value < math.inf:
-            fail(f"--{field.name} {value}: must be at least {least} and finite")
+    for flag, value in vars(cfg).items():
+        least = int(flag in (*AT_LEAST_1, *counts))
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            fail(f"--{flag} {value}: must be at least {least} and finite")
     shares = int(os.environ.get("WORLD_SIZE", 1)) * minibatches
-    has_file = any(ENDING.search(name.strip()) for name in cfg.train.split(","))
+    has_file = any(map(ENDING.search, re.split(r"\s*,\s*", cfg.train)))
     rules = [  # flag, is its value fine, what would be
         ("num_prompts", cfg.num_prompts % shares == 0, f"what divides by ranks x minibatches = "
          f"{shares}, since a group of completions stays together"),
@@ -1928,6 +1923,10 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+SAMPLE = """  {question!r:.200} -> {completion!r}
+  extracted {extracted!r}, gold {gold!r}, reward {reward}, latent steps {latent_steps}"""
+
+
 class Progress:
     """What rank 0 shows of a run: a bar (plain lines without a terminal), samples, warnings."""
 
@@ -1935,7 +1934,7 @@ class Progress:
         hidden = dist.get_rank() > 0 or None  # None: hidden where there is no terminal
         self.bar = tqdm(total=steps, initial=step, desc=title, disable=hidden)
         self.gap_limit = 0.2 if dtype == "bfloat16" else 0.01
-        self.bad_steps = {}  # {problem: steps in a row}
+        self.bad_steps = collections.Counter()  # {problem: steps in a row}
 
     def show(self, row, records):
         """A row of metrics.jsonl; with a training row now and then two of its completions."""
@@ -1952,23 +1951,19 @@ class Progress:
             print(line, flush=True)
         if row["step"] % 50 == 1:
             for record in records[:2]:
-                tqdm.write(
-                    f"  {record['question'][-200:]!r} -> {record['completion'][-600:]!r}\n"
-                    f"  extracted {record['extracted']!r}, gold {record['gold']!r}, "
-                    f"reward {record['reward']}, latent steps {record['latent_steps']}")
-        length = row.get("length", math.inf)
+                tqdm.write(SAMPLE.format(**{**record, "completion": record["completion"][-600:]}))
         gap = row.get("logprob_gap") or 0.0
+        all_latent = row.get("latent_steps", 0) >= row.get("length", math.inf)
         self.complain("reward is 0", row.get("reward") == 0)
         self.complain("over 30 % are truncated", row.get("truncated_frac", 0) > 0.3)
-        self.complain("no position is plain", row.get("latent_steps", 0) >= length)
+        self.complain("no position is plain", all_latent)
         self.complain("logprob_gap is large, rollout and update disagree", gap > self.gap_limit)
 
     def complain(self, problem, is_there):
         """Warn once when a problem has been there for 10 steps running, or from the first on."""
-        self.bad_steps[problem] = self.bad_steps.get(problem, 0) + 1 if is_there else 0
+        self.bad_steps[problem] = self.bad_steps[problem] + 1 if is_there else 0
         if self.bad_steps[problem] == 10:
             warn(f"{problem} for 10 steps: read samples.jsonl, check --answer_marker and lengths")
-
 
 
 # ---- checkpoints and run folder ------------------------------------------------------------------
@@ -1986,13 +1981,14 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
     """
     folder = out_dir / f"step_{state['step']:06d}"
     partial = folder.with_name(folder.name + ".partial")
-    hf, latent = partial / "hf", partial / "hf" / "latent"
+    hf = partial / "hf"
+    latent = hf / "latent"
     if folder.exists():
         if checkpoint_step(folder) == state["step"]:
             return True  # a stop signal just after the periodic save
         set_aside(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    own = {k: v.contiguous() for k, v in policy.state_dict().items()
+    own = {k: v for k, v in policy.state_dict().items()
            if not k.startswith(("lm.", "table."))}
     trained = {k: v.detach() for k, v in policy.named_parameters() if v.requires_grad}
     try:
@@ -2004,12 +2000,11 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         (latent / "config.json").write_text(told, encoding="utf-8")
         torch.save({**state, "policy": trained, "optimizer": optimizer.state_dict()},
                    partial / "trainer.pt")
-        umask = os.umask(0)
-        os.umask(umask)
         manifest = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            path.chmod(0o666 & ~umask)  # safetensors leaves mode 0600
-            manifest[str(path.relative_to(partial))] = sha256(path)
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors leaves mode 0600
+                manifest[str(path.relative_to(partial))] = sha256(path)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
@@ -2032,15 +2027,12 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     fresh run: a reference copied from it before this call is the original one, never the resumed
     policy.
     """
-    refuse_differences(folder, checkpoint_settings(folder), settings, free)
+    refuse_differences(folder, settings, free)
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
-    parameters = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, value in state.pop("policy").items():
-            parameters[name].copy_(value)
+    policy.load_state_dict(state.pop("policy"), strict=False)  # the frozen ones are not in it
     moments = state.pop("optimizer")
     if optimizer is not None:
         optimizer.load_state_dict(moments)
@@ -2076,9 +2068,9 @@ def checkpoint_defect(folder):
     """Why a checkpoint cannot be trusted; "" when every file matches the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, value in manifest.items() if sha256(folder / name) != value]
-        wrong += [name for name in ("trainer.pt", "hf/latent/config.json") if name not in manifest]
-    except (OSError, ValueError, AttributeError) as error:
+        needed = {"trainer.pt": "", "hf/latent/config.json": "", **manifest}
+        wrong = [name for name, value in needed.items() if sha256(folder / name) != value]
+    except (OSError, ValueError, TypeError) as error:
         return first_line(error)
     return f"{wrong[0]} differs from its sha256" if wrong else ""
 
@@ -2093,7 +2085,6 @@ def latest_checkpoint(out_dir, clean=False):
             set_aside(folder)
         else:
             warn(f"skipping checkpoint {folder}: {defect}")
-    return None
 
 
 def set_aside(folder):
@@ -2119,24 +2110,26 @@ def find_resume(out_dir, resume, settings, free):
     lock = lock_run(out_dir) if used and os.environ.get("RANK", "0") == "0" else None
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
-        if folder is None and latest_checkpoint(out_dir / "sft") is None:
-            warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
-        if folder is None:
-            return None, lock  # a supervised stage goes on by itself
+        if folder is None:  # a supervised stage goes on by itself
+            if latest_checkpoint(out_dir / "sft") is None:
+                warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
+            return None, lock
     else:
-        folder, known = Path(resume), [p.resolve() for p in step_folders(out_dir)]
-        if folder.resolve() not in known:
-            fail(f"--resume {resume}: not a checkpoint (step_NNNNNN) in --out_dir {out_dir}")
-        if checkpoint_defect(folder):
-            fail(f"--resume {resume}: {checkpoint_defect(folder)}")
-        if folder.resolve() != known[-1]:
-            fail(f"--resume {resume}: {out_dir} holds newer checkpoints; move them away first")
-    refuse_differences(folder, checkpoint_settings(folder), settings, free)
+        folder = Path(resume)
+        known = [p.resolve() for p in step_folders(out_dir)]
+        defect = checkpoint_defect(folder)
+        if folder.resolve() not in known[-1:]:
+            defect = (f"not a checkpoint (step_NNNNNN) in --out_dir {out_dir}, or one with newer "
+                      "checkpoints beside it; move those away first")
+        if defect:
+            fail(f"--resume {resume}: {defect}")
+    refuse_differences(folder, settings, free)
     return folder, lock
 
 
-def refuse_differences(folder, saved, settings, free):
+def refuse_differences(folder, settings, free):
     """`fail`, naming every setting that a resumed run would change."""
+    saved = checkpoint_settings(folder)
     pairs = [f"{key}: saved {saved.get(key)!r}, now {value!r}" for key, value in settings.items()
              if key not in free and saved.get(key) != value]
     if pairs:
@@ -2160,12 +2153,11 @@ def lock_file(flag, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a", encoding="utf-8")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{flag} is in use by another process; name another one")
     except OSError as error:
         fail(f"{flag}: cannot be written ({first_line(error)})")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{flag} is in use by another process; name another one")
     return lock
 
 
@@ -2178,7 +2170,7 @@ def open_run(out_dir, settings, script, resumed_step):
         for partial in out_dir.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         for source in (script, __file__):
-            shutil.copy(source, out_dir / "code" / Path(source).name)
+            shutil.copy(source, out_dir / "code")
         (out_dir / "config.json").write_text(record, encoding="utf-8")
         for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -2207,12 +2199,13 @@ def log_rows(out_dir, metrics, records):
         sample.pop("row", None)  # the user has it in a file
         samples.append(sample)
     for name, lines in {"metrics.jsonl": [metrics], "samples.jsonl": samples}.items():
+        path = out_dir / name
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        size = (out_dir / name).stat().st_size if (out_dir / name).exists() else 0
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(out_dir / name, "a", encoding="utf-8") as f:
+            with open(path, "a", encoding="utf-8") as f:
                 f.write(text)
         except OSError as error:  # a full disk costs rows, not the run, and leaves no half row
             with contextlib.suppress(OSError):
-                os.truncate(out_dir / name, size)
-            warn(f"{out_dir / name}: step {metrics['step']} not written ({first_line(error)})")
+                os.truncate(path, size)
+            warn(f"{path}: step {metrics['step']} not written ({first_line(error)})")

@@ -156,7 +156,7 @@ def test_named_sets_come_from_a_folder_or_a_checked_download(tmp_path, capsys, m
     address, digest = Path(path).as_uri(), common.sha256(path)
     sets = {"toy": {"test": (address, digest), "train": (address, "0" * 64), "x": ("file:/x", "")}}
     monkeypatch.setattr(common, "NAMED_SETS", sets)
-    assert "sha256" in error_of(capsys, "toy", "train")
+    assert "toy: invalid hash value" in error_of(capsys, "toy", "train")
     assert "LATENT_RL_DATA" in error_of(capsys, "toy", "x")
     first = load_problems("toy", "test")
     Path(path).unlink()  # the second time it comes from the cache

@@ -1404,10 +1404,22 @@ def grade(batch, problems, tokenizer, marker):
 # === 4. embeddings and batches ====================================================================
 
 
+@contextlib.contextmanager
 def autocast(lm):
-    """bfloat16 autocast when the model was loaded with that dtype; otherwise it does nothing."""
+    """bfloat16 autocast when the model was loaded with that dtype; otherwise it does nothing.
+
+    Autocast converts a trained weight once, but a frozen one at each use. So in a rollout, which
+    makes no gradients, the frozen head passes for trained.
+    """
     enabled = lm.compute_dtype == torch.bfloat16
-    return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
+    weight = lm.get_output_embeddings().weight
+    is_trained = weight.requires_grad
+    weight.requires_grad_(is_trained or not torch.is_grad_enabled())
+    try:
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled):
+            yield
+    finally:
+        weight.requires_grad_(is_trained)
 
 
 class RoomyLayer(DynamicLayer):
@@ -1424,8 +1436,11 @@ class RoomyLayer(DynamicLayer):
         """The new keys and values [b, heads, s, size] -> all that are cached now."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0]
-            self.values = value_states[:, :, :0]
+            device = key_states.device.type
+            is_mixed = torch.is_autocast_enabled(device)  # attention computes in bfloat16 then
+            dtype = torch.get_autocast_dtype(device) if is_mixed else key_states.dtype
+            self.keys = key_states[:, :, :0].to(dtype)
+            self.values = value_states[:, :, :0].to(dtype)
         number, _, start, _ = self.keys.shape
         end = start + key_states.shape[2]
         if end > self.room:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import METHODS, make_lm
 from test_replay import PROMPTS, build, draw
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import common
@@ -126,3 +127,51 @@ def test_the_model_is_tried_on_the_cache_of_rollouts(monkeypatch):
 
     monkeypatch.setattr(RoomyCache, "batch_select_indices", keep_the_first)
     assert "cache of keys and values" in common.find_fault(make_lm())
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often a tensor of some shape is converted to another dtype."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_conversion = func is torch.ops.aten._to_copy.default
+        self.number += is_conversion and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_a_rollout_in_bfloat16_converts_the_head_once(method, train_embeddings):
+    changes = {"train_embeddings": train_embeddings, "max_completion_length": 8}
+    if method == "hrpo":
+        changes["hybrid"] = False  # its soft tokens read the table as a matrix
+    module, policy, cfg = build(method, eos=(2,), **changes)
+    policy.lm.compute_dtype = torch.bfloat16
+    weight = policy.lm.get_output_embeddings().weight
+    was_trained = weight.requires_grad
+    with Conversions(weight.shape) as conversions:
+        batch = draw(module, policy, cfg)
+    assert batch["lengths"].max() > 3 and conversions.number == 1
+    assert weight.requires_grad == was_trained and weight.grad is None
+
+
+@pytest.mark.parametrize("kind, lora", [
+    *((kind, False) for kind in KINDS), ("llama", True), ("qwen2", True), ("mistral", True)])
+def test_in_bfloat16_the_cache_is_bfloat16_too_and_gives_the_same(kind, lora):
+    lm = make_lm(kind)
+    if lora:
+        lm = lm.to(torch.bfloat16)
+        common.add_lora(lm, 2)
+    lm.compute_dtype = torch.bfloat16
+    cache = RoomyCache()
+    with common.autocast(lm):
+        found, _ = decode(lm, cache, False)
+        expected, _ = decode(lm, DynamicCache(), False)
+    for layer in cache.layers:
+        assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    for row, states in expected.items():
+        torch.testing.assert_close(found[row].float(), states.float(), rtol=0, atol=0)

@@ -48,6 +48,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 CACHE = Path(os.environ.get("LATENT_RL_CACHE", Path.home() / ".cache" / "latent_rl"))
 
@@ -152,8 +154,6 @@ def find_fault(lm):
     cache, in pieces, the first row dropped on the way. The second row alone, in one pass and
     without a cache, has to give the same.
     """
-    from transformers import DynamicCache
-
     table = lm.get_input_embeddings()
     if not lm.eos_ids:
         return "no end-of-sequence id in its tokenizer, config or generation config"
@@ -195,7 +195,7 @@ def find_fault(lm):
         return "it makes its logits of more than its last hidden states: not supported"
 
     exists[1, :padding] = False
-    cache = DynamicCache()
+    cache = RoomyCache()
     pieces = []
     for start, end in ((0, 28), (28, 36), (36, 37), (37, 38)):
         hidden = lm_hidden(lm, embeds[:, start:end], exists[:, :end], cache=cache)
@@ -1401,10 +1401,93 @@ def grade(batch, problems, tokenizer, marker):
 # === 4. embeddings and batches ====================================================================
 
 
+@contextlib.contextmanager
 def autocast(lm):
-    """bfloat16 autocast when the model was loaded with that dtype; otherwise it does nothing."""
+    """bfloat16 autocast when the model was loaded with that dtype; otherwise it does nothing.
+
+    Autocast converts a trained weight once, but a frozen one at each use. So in a rollout, which
+    makes no gradients, the frozen head passes for trained.
+    """
     enabled = lm.compute_dtype == torch.bfloat16
-    return torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled)
+    weight = lm.get_output_embeddings().weight
+    is_trained = weight.requires_grad
+    weight.requires_grad_(is_trained or not torch.is_grad_enabled())
+    try:
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=enabled):
+            yield
+    finally:
+        weight.requires_grad_(is_trained)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [b, heads, S, size] of one layer: views of buffers that are larger.
+
+    DynamicLayer copies all of them at each step. Here a step writes its own column, and one step in
+    `spare` makes longer buffers. For decoding only: backward needs what a write would change.
+    """
+
+    spare = 128
+    room = 0  # columns of the buffers
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """The new keys and values [b, heads, s, size] -> all that are cached now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            device = key_states.device.type
+            is_mixed = torch.is_autocast_enabled(device)  # attention computes in bfloat16 then
+            dtype = torch.get_autocast_dtype(device) if is_mixed else key_states.dtype
+            self.keys = key_states[:, :, :0].to(dtype)
+            self.values = value_states[:, :, :0].to(dtype)
+        number, _, start, _ = self.keys.shape
+        end = start + key_states.shape[2]
+        if end > self.room:
+            self.room = end + self.spare
+            free = (0, 0, 0, self.room - start)
+            self.buffers = [F.pad(self.keys, free), F.pad(self.values, free)]
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:number, :, start:end] = new
+        self.keys, self.values = (buffer[:number, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        """Each row `repeats` times; the next step makes buffers of that size."""
+        super().batch_repeat_interleave(repeats)
+        self.room = 0
+
+
+class RoomyCache(DynamicCache):
+    """The cache of a rollout, made of RoomyLayers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_class_to_replicate = RoomyLayer
+
+    def batch_select_indices(self, indices):
+        """Keep the rows `indices`. A row that keeps its place is not copied: see live_rows."""
+        number = len(indices)
+        is_moved = indices != torch.arange(number, device=indices.device)
+        places = is_moved.nonzero()[:, 0]
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[places] = layer.keys[indices[places]]
+                layer.values[places] = layer.values[indices[places]]
+                layer.keys = layer.keys[:number]
+                layer.values = layer.values[:number]
+
+
+def live_rows(ended, width):
+    """ended [b] -> numbers of the other rows, for a cache of `width` columns.
+
+    In a wide cache the last rows take the places of those that ended, so that no other row moves.
+    Rows draw noise in their order: below 512 columns it stays, and tiny's published numbers too.
+    """
+    live = (~ended).nonzero()[:, 0]
+    if width < 512:
+        return live
+    number = len(live)
+    order = torch.arange(number, device=ended.device)
+    order[ended[:number]] = live[live >= number]
+    return order
 
 
 @functools.cache
@@ -1460,8 +1543,6 @@ def completion_hidden(lm, batch, embeds):
     decides nothing and is not fed. With lm.share_prompts, rows with the same prompt share its pass:
     their completions attend to the same keys and values, through which its gradients add up.
     """
-    from transformers import DynamicCache
-
     ids = batch["prompt_ids"]
     prompt_mask = batch["prompt_mask"]
     table = lm.get_input_embeddings()

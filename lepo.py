@@ -27,16 +27,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache
 
 from common import (
-    INSTRUCTION, Marker, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    combine, completion_hidden, completion_logprobs, data_fingerprint, encode_prompts, fail,
-    find_resume, frozen_copy, gather, grade, gumbel_like, largest, left_pad, lm_hidden, lm_logits,
-    load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows, lora_disabled,
-    make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags, peak_memory,
-    record_sums, resolve_config, run_program, save_checkpoint, select_rows, setup_distributed,
-    stop_agreed, stop_requested, summarise, top_k_mixture, weights_fingerprint)
+    INSTRUCTION, Marker, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores,
+    check_ranks, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
+    encode_prompts, fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest, left_pad,
+    live_rows, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
+    lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems,
+    open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
+    select_rows, setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture,
+    weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -450,7 +450,7 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
     with torch.no_grad(), autocast(policy.lm):
         # The prompts, once each; then every prompt and its keys and values for group_size rows.
         prompt_ids, prompt_mask = left_pad(prompts, policy.lm.pad_id, device)  # [N, P]
-        cache = DynamicCache()
+        cache = RoomyCache()
         hidden = lm_hidden(policy.lm, policy.table(prompt_ids), prompt_mask, cache=cache)
         cache.batch_repeat_interleave(group_size)
         hidden = hidden[:, -1].repeat_interleave(group_size, 0)  # [B, H]
@@ -481,7 +481,7 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
             if ended.any():
                 lengths[rows[ended]] = t + 1
                 finished[rows[ended]] = True
-                live = (~ended).nonzero()[:, 0]
+                live = live_rows(ended, prompt_width + limit)
                 if len(live) == 0:
                     break  # selecting no row would reset the cache
                 rows = rows[live]

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (
     INSTRUCTION, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
+    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
     encode_prompts, fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest,
     latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint, load_method,
     load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means,
@@ -355,30 +355,21 @@ class Policy(nn.Module):
             return kept.log_softmax(-1)
         return kept
 
-    def surrogate(self, kept, token_logprobs, batch, ste, shift=0.0):
+    def surrogate(self, kept, token_logprobs, batch, ste):
         """latent_logprob of kept [..., K] at latent steps, token_logprobs elsewhere -> [...].
 
-        The density is that of the noise before its scaling (--noise_scale), minus shift.
+        The density is that of the noise before its scaling (--noise_scale).
         """
         scale = self.cfg.noise_scale or 1.0  # 0 only decodes
-        scores = batch["topk_scores"] / scale - shift
+        scores = batch["topk_scores"] / scale
         latents = latent_logprob(scores, self.before_noise(kept) / scale, ste)
         return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, token_logprobs)
 
-    def kl_logprobs(self, kept, token_logprobs, batch):
-        """As surrogate, but under the density that the noise really had, for the KL term.
-
-        Under it the mean slope of what was drawn is 0: k3 is least where nothing has moved and
-        pulls back all else. With the shift left in, k3 would push all kept log-probs, even away.
-        """
-        shift = LOW if self.cfg.one_sided else 0.0
-        return self.surrogate(kept, token_logprobs, batch, "none", shift)
-
     def forward(self, batch, labels=False):
-        """-> {"logprobs" [B, T], "kl_logprobs" [B, T], "entropy" [B, T] (nats), "kept"}.
+        """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "kept" [B, T, K]}.
 
-        logprobs: the surrogate with the slopes of --ste. kept [B, T, K]: log-probs of topk_ids at
-        latent steps. All are 0 outside loss_mask. labels: for the supervised stage, which has no
+        logprobs: the surrogate with the slopes of --ste. kept: log-probs of topk_ids at latent
+        steps. All are 0 outside loss_mask. labels: for the supervised stage, which has no
         surrogate, only kept and the log-probs of the other positions.
         """
         with autocast(self.lm):
@@ -390,11 +381,7 @@ class Policy(nn.Module):
         if ste == "released" and "advantages" in batch:  # only where they are not positive
             plain = self.surrogate(kept, token_logprobs, batch, "none")
             logprobs = torch.where(batch["advantages"] > 0, plain, logprobs)
-        return {
-            "logprobs": logprobs,
-            "kl_logprobs": self.kl_logprobs(kept, token_logprobs, batch),
-            "entropy": entropy,
-            "kept": kept}
+        return {"logprobs": logprobs, "entropy": entropy, "kept": kept}
 
 
 def start_state(num_rows, policy, cfg):
@@ -471,26 +458,45 @@ def end_of_thought(logits, topk_ids, marker_id, rule):
 
 @torch.no_grad()
 def reference_logprobs(policy, reference, batch, cfg):
-    """Log-probs [B, T] under the reference: a frozen copy, or (None) the model without adapters.
+    """Log-probs [B, T, K + 1] under the reference: of the K kept ids and, last, of the token.
 
-    It reads the same mixtures and scores the same perturbed candidates.
+    The reference is a frozen copy, or (None) the model without adapters. It reads the same
+    mixtures. A position has either kept ids or a token; the others of its K + 1 are 0.
     """
     lm = policy.lm if reference is None else reference
     with lora_disabled(policy.lm), autocast(lm):  # a copy keeps the adapters that it was made with
         kept, token_logprobs, _ = policy.score(batch, lm)
-    return policy.kl_logprobs(kept, token_logprobs, batch)
+    return torch.cat([kept, token_logprobs[..., None]], -1)
+
+
+def kept_kl(logprobs, reference):
+    """KL of policy and reference over K ids and "any other", log-probs [..., K] each -> [...].
+
+    Exact if the other ids have no mass or keep their proportions; otherwise it is less.
+    """
+    probs = logprobs.exp()
+    rest = (1 - probs.sum(-1)).clamp(min=1e-6)  # rounding may leave less than nothing
+    reference_rest = (1 - reference.exp().sum(-1)).clamp(min=1e-6)
+    kl = (probs * (logprobs - reference)).sum(-1)
+    return kl + rest * (rest.log() - reference_rest.log())
 
 
 def kl_estimate(outputs, batch):
-    """k3 estimate [B, T] of KL(policy || reference): exp(d) - d - 1 >= 0, d = reference - now."""
+    """KL(policy || reference) [B, T]: kept_kl at latent steps, at tokens the k3 estimate.
+
+    k3 = exp(d) - d - 1 >= 0, d = reference - now. Each is 0 where the other counts.
+    """
     # paper: KL of the distributions; released code: k3 of the surrogate, through its STE, clamped
-    # to 10. Here k3 under the density of the noise, without shift and STE.
-    difference = batch["ref_logprobs"] - outputs["kl_logprobs"]
-    return torch.exp(difference) - difference - 1
+    # to 10. A sample of scores cannot serve: the K best of the noise have a positive mean slope.
+    reference = batch["ref_logprobs"]  # [B, T, K + 1]
+    token_logprobs = outputs["logprobs"].masked_fill(batch["latent_mask"], 0.0)
+    difference = reference[..., -1] - token_logprobs
+    k3 = torch.exp(difference) - difference - 1
+    return k3 + kept_kl(outputs["kept"], reference[..., :-1])
 
 
 def policy_loss(outputs, batch, cfg):
-    """Loss [B, T] of each position [eq. 8, eq. 22], not yet reduced: PPO's clip, and k3.
+    """Loss [B, T] of each position [eq. 8, eq. 22], not yet reduced: PPO's clip, and the KL.
 
     The ratio exp(logprobs - old_logprobs) is at latent steps that of the surrogate [eq. 23]; with
     one update per rollout it is 1 and clips nothing. A negative advantage also stops pushing at a

@@ -33,14 +33,13 @@ from transformers import DynamicCache
 
 from common import (
     INSTRUCTION, Progress, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    checkpoint_settings, combine,
-    completion_hidden, completion_logprobs, data_fingerprint, encode_prompts, fail, find_resume,
-    frozen_copy, gather, grade, gumbel_like, largest, latest_checkpoint, left_pad, lm_hidden,
-    lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run, log_rows,
-    lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run, parse_flags,
-    peak_memory, record_sums, resolve_config, run_program, save_checkpoint, select_rows,
-    setup_distributed, stop_agreed, stop_requested, summarise, taught_answer, top_k_mixture, warn,
-    weights_fingerprint)
+    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
+    encode_prompts, fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest,
+    latest_checkpoint, left_pad, lm_hidden, lm_logits, load_checkpoint, load_method, load_model,
+    load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches,
+    next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program,
+    save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested, summarise,
+    taught_answer, top_k_mixture, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -539,6 +538,11 @@ def measure(policy, outputs, batch, cfg):
     found["crossed_frac"] = (crossed.mean(-1), mask)
     found["top_weight"] = (weights.amax(-1), mask)
     return found
+
+
+def describe(policy, outputs, batch, cfg):
+    """What latent steps were fed, for eval.py show -> ids, weights [B, T, K] of the mixtures."""
+    return batch["topk_ids"], mixture_weights(batch["topk_scores"], cfg.latent_tau)
 
 
 # === 2b. supervised stage =========================================================================

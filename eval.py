@@ -7,20 +7,26 @@ flag of that script may be given, and then replaces the saved value.
 Run      python eval.py runs/lepo-0 tiny --data arithmetic --num_samples 16    # pass@k
          torchrun --standalone --nproc_per_node=8 eval.py runs/NAME --data gsm8k --out results
          python eval.py --table results/*.json    # means over seeds; python eval.py plot --help
+         python eval.py show runs/lepo-0 --out thoughts.html    # see every step; show --help
+         python eval.py ask runs/lepo-0 "3*7+2="    # one question, or line after line
 
 --out writes every completion, with all that is needed to grade it again, and the numbers. The same
 command goes on where it was stopped; results of other weights or settings are never overwritten.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import html
 import importlib
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import statistics
+import string
 import sys
 from pathlib import Path
 
@@ -29,8 +35,9 @@ import torch.distributed as dist
 
 from common import (
     answers_equal, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
-    extract_answer, fail, fingerprint, load_method, load_model, load_problems, lock_file, make_rng,
-    mean, model_folder, run_program, setup_distributed, stop_agreed, summarise, weights_fingerprint)
+    extract_answer, fail, fingerprint, grade, load_method, load_model, load_problems, lock_file,
+    make_rng, mean, model_folder, run_program, select_rows, setup_distributed, stop_agreed,
+    summarise, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -51,25 +58,53 @@ COLUMNS = ("flexible", "latent_steps", "visible_tokens", "total_length", "switch
            "truncated_frac", "unanswered_frac")  # of a table, after accuracy and pass@k
 
 
-def parse_args(argv):
+COMMANDS = {  # the first word, "" if it is a model: (what follows it, what the help says)
+    "": ("MODEL [MODEL ...]", __doc__),
+    "show": ("show MODEL [MODEL ...]", """See what a model thinks, position by position.
+
+Problems are decoded as in an evaluation. Each position has a row: the token; L for a latent step,
+M for the answer marker; the entropy (nats); the log-prob, at a latent step the score that training
+raises or lowers; the first metric of the method; what a latent step was fed. That is the heaviest
+five of a mixture (LEPO, Latent-GRPO), of the soft token (HRPO), or the five tokens nearest to a
+hidden state (HyRea). Colours are for terminals only; the variable NO_COLOR turns them off."""),
+    "ask": ('ask MODEL ["QUESTION"]', """Ask a model one question, or those of standard input.
+
+Each line of the input is a question. The completion appears as it is decoded, then the answer that
+was found in it."""),
+}
+
+
+def parse_args(argv, command=""):
     """-> own flags, the models before them, and all other flags, which the script will parse."""
+    usage, text = COMMANDS[command]
     parser = argparse.ArgumentParser(
-        usage="eval.py MODEL [MODEL ...] [--flag value ...]", description=__doc__,
+        usage=f"eval.py {usage} [--flag value ...]", description=text,
         formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
         epilog="and every flag of the script that decodes (lepo.py --help), as --num_samples 8")
-    parser.add_argument("--data", default="", help="data sets, by commas (the first run's own)")
-    parser.add_argument("--limit", type=int, default=0, help="problems per data set; 0 = all (0)")
+    if command == "ask":
+        parser.add_argument("--show", action="store_true", help="also print the table of show")
+    else:
+        parser.add_argument("--data", default="", help="data sets, by commas (first run's own)")
+        limit = 4 if command else 0
+        parser.add_argument("--limit", type=int, default=limit,
+                            help=f"problems per data set; 0 = all ({limit})")
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
         "trained: as the script that trained it decodes (default); explicit: its latent steps off\n"
         "soft_thinking: mixtures until the answer marker, with lepo.py\n"
         "floor: the marker is given at once, only the answer is written, with latent_grpo.py"))
-    parser.add_argument("--out", default="", help="folder for the JSONL and JSON files")
+    if command == "show":
+        parser.add_argument("--question", default="", help="show this one, instead of --data")
+        parser.add_argument("--out", default="", help="page to write (.html), or numbers (.json)")
+    elif not command:
+        parser.add_argument("--out", default="", help="folder for the JSONL and JSON files")
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     args, args.flags = parser.parse_known_args(argv[first:])
     args.models = list(dict.fromkeys(argv[:first]))
     if not args.models:
         parser.error("name one or more models, before the flags")
-    if args.limit < 0:
+    if command == "ask" and len(args.models) > 2:
+        parser.error("name one model and one question, in quotation marks")
+    if command != "ask" and args.limit < 0:
         parser.error("--limit: must be at least 0")
     return args
 
@@ -400,22 +435,17 @@ def result_curve(file, row, y, x):
         for name in {x, y} - found.keys():
             known = [key for key in sorted(found) if not key.startswith("-")]
             fail(f"{file}: has no {name}; it has {', '.join(known)}")
-        model, data, seed = group(row)
-        name = model.removeprefix(f"{Path(row['model']).parent}/")
-        label = f"{name}, {data}"
         points = {found[x]: found[y]}
     else:
-        seed = row["seed"]
-        words = [Path(row["model"]).name]
-        for key, value in row["given"].items():
-            if key not in ("num_samples", "eval_batch"):
-                words.append(f"{key}={value}")
-        label = " ".join(words)
+        given = {key: value for key, value in row["given"].items() if key != "num_samples"}
+        row = {**row, "given": given}
         points = {1: found["accuracy"]}
         for key, value in found.items():
             if key.startswith("pass@"):
                 points[int(key.removeprefix("pass@"))] = value
-    return {"run": row["model"], "label": label, "seed": seed, "method": row["script"],
+    model, data, seed = group(row)
+    name = model.removeprefix(f"{Path(row['model']).parent}/")
+    return {"run": row["model"], "label": f"{name}, {data}", "seed": seed, "method": row["script"],
             "steps": [*points], "values": [*points.values()]}
 
 
@@ -446,7 +476,7 @@ def read_curves(sources, y, x=""):
     names = [(run["label"], run["seed"]) for run in runs]
     for label, seed in names:
         if names.count((label, seed)) > 1:
-            fail(f"{label}, seed {seed}: is there twice; rename one run folder")
+            fail(f"{label}, seed {seed}: is there twice; leave one out, or rename its run folder")
     return y, runs, x
 
 
@@ -466,6 +496,32 @@ def seed_range(runs, label, x):
     return steps, [[curve[step] for curve in curves] for step in steps]
 
 
+def name_curves(labels):
+    """Labels -> the names that a figure shows: "model, data", without data if all have the same."""
+    pairs = [label.rpartition(", ") for label in labels]
+    alike = len({data for _, _, data in pairs}) == 1
+    return [model for model, _, _ in pairs] if alike and pairs[0][0] else labels
+
+
+def name_coinciding(axes, ends):
+    """Write the names beside the last points (x, y, name) that lie on top of each other."""
+    places = []
+    for x, y, name in ends:
+        place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        places.append((place, name))
+    named = set()
+    for place, name in places:
+        near = [other for at, other in places if abs(at - place).max() < 0.02]
+        if len(near) > 1 and not named & set(near):
+            named |= set(near)
+            is_high = place[1] > 0.5
+            axes.annotate(
+                "\n".join(near), place, xycoords="axes fraction", fontsize=8,
+                xytext=(0, -9 if is_high else 9), textcoords="offset points",
+                ha="right" if place[0] > 0.5 else "left", va="top" if is_high else "bottom",
+                bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
+
+
 def draw_curves(y, runs, file, x=""):
     """Mean over the seeds of each label, at the steps all have (x: at its mean); band: min-max."""
     try:
@@ -473,22 +529,27 @@ def draw_curves(y, runs, file, x=""):
     except ImportError:
         fail("plot needs matplotlib: pip install matplotlib")
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    data = {label.rpartition(", ")[2] for label in labels}  # with x, a label ends in the data set
-    many = len(labels) > 9  # their legend stands beside the axes
-    figure = Figure(figsize=(9 if many else 6.4, 4.2), dpi=150, layout="constrained")
+    names = name_curves(labels)
+    widest = max(len(name) for name in names)
+    columns = max(1, min(3, 70 // (widest + 9)))
+    many = len(labels) > 3 * columns  # their legend stands beside the axes, which keep their size
+    width = 7 + 0.085 * widest if many else 6.4
+    figure = Figure(figsize=(width, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(axisbelow=True)
+    ends = []  # (x, y, name) of the last point of each curve
     for number, label in enumerate(labels):
         steps, values = seed_range(runs, label, x)
         colour = COLOURS[number % len(COLOURS)]
-        style = "" if x else ("-", "--", ":")[number // len(COLOURS) % 3]
+        style = "none" if x else ("-", "--", ":")[number // len(COLOURS) % 3]
         marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
         seeds = len(values[0])
-        text = label.rpartition(", ")[0] if x and len(data) == 1 else label
-        if y != "pass@k":
+        text = names[number]
+        if y != "pass@k" or seeds > 1:
             text += f" ({seeds} seed{'s' * (seeds > 1)})"
         middles = [sum(at_step) / seeds for at_step in values]
-        axes.plot(steps, middles, style, color=colour, lw=1.8, ms=5, marker=marker, label=text,
-                  markevery=max(1, len(steps) // 12))
+        axes.plot(steps, middles, linestyle=style, color=colour, lw=1.8, ms=5, marker=marker,
+                  label=text, markevery=max(1, len(steps) // 12))
+        ends.append((steps[-1], middles[-1], names[number]))
         if seeds > 1:
             lows = [min(at_step) for at_step in values]
             highs = [max(at_step) for at_step in values]
@@ -502,16 +563,17 @@ def draw_curves(y, runs, file, x=""):
         ticks = sorted({step for run in runs for step in run["steps"]})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, ticks)
+    elif not x:
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 0.5
+    name_coinciding(axes, ends)
     axes.tick_params(labelsize=11)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     title = None
     if len(labels) < len(runs):
         title = f"mean over seeds; {'bar' if x else 'band'}: lowest to highest"
-    widest = max(len(label) for label in labels)
-    columns = 1 if many else max(1, min(3, 70 // (widest + 9)))
     figure.legend(loc="outside right upper" if many else "outside upper center", fontsize=10,
-                  frameon=False, title=title, title_fontsize=9, ncols=columns)
+                  frameon=False, title=title, title_fontsize=9, ncols=1 if many else columns)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -541,24 +603,429 @@ def plot(argv):
     print(f"{len(runs)} runs: {args.out}, {data}")
 
 
-# === 4. main ======================================================================================
+# === 4. thoughts ==================================================================================
+
+NUM_SHOWN = 5  # tokens of a mixture
+
+
+def load_alone(script, cfg):
+    """As load_policy, in a single process, which a stop signal simply ends: it loses nothing."""
+    policy, tokenizer = load_policy(script, cfg)
+    if dist.get_world_size() > 1:
+        fail("show and ask run in one process: start them without torchrun")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    return policy, tokenizer
+
+
+def decode_thoughts(script, policy, tokenizer, problems, cfg, rng):
+    """Decode problems -> their records (grade), with "positions": a dict for each position.
+
+    The numbers come from a replay of the completions, one by one, as an update would score them.
+    """
+    cfg = dataclasses.replace(cfg, kl_coef=0.0)  # there is no reference
+    found = []
+    for start in range(0, len(problems), cfg.eval_batch):
+        chosen = problems[start : start + cfg.eval_batch]
+        prompts = [problem["prompt_ids"] for problem in chosen]
+        batch = script.rollout(policy, prompts, cfg, rng, cfg.num_samples, cfg.greedy)
+        records = grade(batch, chosen, tokenizer, cfg.answer_marker)
+        for row, record in enumerate(records):
+            del record["row"]
+            single = select_rows(batch, [row])
+            record["index"] = start + row // cfg.num_samples
+            record["sample"] = row % cfg.num_samples
+            record["positions"] = read_positions(script, policy, tokenizer, single, cfg)
+            mark_answer(record, cfg.answer_marker)
+        found += records
+    return found
+
+
+@torch.no_grad()
+def read_positions(script, policy, tokenizer, batch, cfg):
+    """Batch of one completion -> for each position {"token", "latent", "fed", "numbers"}.
+
+    fed: (token, weight) of what a latent step was fed, the heaviest first; empty in a fork that has
+    no describe. numbers: log-prob, and what the script measures at such a position.
+    """
+    outputs = policy(batch)
+    values = {"log-prob": (outputs["logprobs"], batch["loss_mask"])}
+    values.update(script.measure(policy, outputs, batch, cfg))
+    latent = batch["latent_mask"][0].tolist()
+    weights = None
+    if hasattr(script, "describe") and any(latent):
+        ids, weights = script.describe(policy, outputs, batch, cfg)
+        spread = -torch.xlogy(weights, weights).sum(-1)  # its entropy [1, T]
+        weights, places = weights.topk(min(NUM_SHOWN, weights.shape[-1]), -1)
+        ids = places if ids is None else ids.gather(-1, places)
+    positions = []
+    for t, token in enumerate(batch["completion_ids"][0].tolist()):
+        numbers = {}
+        for name, (value, mask) in values.items():
+            if mask[0, t]:
+                numbers[name] = round(value[0, t].item(), 4)
+        fed = []
+        if latent[t] and weights is not None:
+            numbers.setdefault("entropy", round(spread[0, t].item(), 4))  # of what has no score
+            for i, weight in zip(ids[0, t].tolist(), weights[0, t].tolist()):
+                if weight > 0:
+                    fed.append((tokenizer.decode([i]), round(weight, 4)))
+        positions.append({
+            "token": tokenizer.decode([token]), "latent": latent[t], "fed": fed,
+            "numbers": numbers})
+    return positions
+
+
+def mark_answer(record, marker):
+    """Add "marker" to the positions: does the token hold a part of the last answer marker?"""
+    text = "".join(position["token"] for position in record["positions"])
+    first = text.rfind(marker)
+    last = first + len(marker) if first >= 0 else first
+    end = 0
+    for position in record["positions"]:
+        start = end
+        end += len(position["token"])
+        position["marker"] = start < last and end > first
+
+
+def printable(text):
+    """Text in one line, for a terminal or a page; what could steer either is written out."""
+    text = text.replace("\n", "↵")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def token_text(token):
+    """As printable; spaces alone are made visible."""
+    return printable(token) if token.strip(" ") else "␣" * len(token)
+
+
+def verdict(record):
+    """What came of a completion, in a line."""
+    answer = record["extracted"]
+    words = "no answer" if answer is None else f"answer {printable(answer)}"
+    if record["gold"]:
+        golds = [record["gold"]] if isinstance(record["gold"], str) else record["gold"]
+        right = "right" if record["correct"] else "wrong"
+        words = f"{right}: {words}, gold {printable(' or '.join(golds))}"
+    return f"{words}; {record['latent_steps']} of {record['length']} steps are latent"
+
+
+def paint(text, colour):
+    """Text in an ANSI colour, on a terminal only (https://no-color.org)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{colour}m{text}\033[0m"
+
+
+LATENT, MARKER, RIGHT, WRONG = "36", "1;35", "32", "31"  # ANSI colours
+
+
+def print_thought(record, metric):
+    """The table of a completion: a line for each position, at most 80 columns wide."""
+    colour = RIGHT if record["correct"] else WRONG
+    print(paint(verdict(record), colour if record["gold"] else "0"))
+    print(f"{'':4}  {'token':8} {'entropy':>7} {'logprob':>7} {metric:>12}  fed")
+    for t, position in enumerate(record["positions"]):
+        cells = []
+        for name, width in (("entropy", 7), ("log-prob", 7), (metric, 12)):
+            value = position["numbers"].get(name)
+            cells.append(" " * width if value is None else f"{round(value, 2) + 0.0:{width}.2f}")
+        fed = []
+        for token, weight in position["fed"]:
+            pair = f"{token_text(token)[:8]} {weight:.2f}".replace(" 0.", " .")
+            if weight >= 0.005 and len("  ".join([*fed, pair])) <= 34:
+                fed.append(pair)
+        sign = " "
+        if position["latent"]:
+            sign = "L"
+        elif position["marker"]:
+            sign = "M"
+        token = token_text(position["token"])[:8]
+        line = f"{t:4}{sign} {token:8} {' '.join(cells)}  {'  '.join(fed)}".rstrip()
+        print(paint(line, {"L": LATENT, "M": MARKER, " ": "0"}[sign]))
+
+
+def print_means(name, records):
+    """One line over all positions: how many are latent, and the means of what the table shows."""
+    positions = [position for record in records for position in record["positions"]]
+    latents = [position for position in positions if position["latent"]]
+    words = [f"{len(latents)} of {len(positions)} positions are latent"]
+    heaviest = []
+    for place in range(NUM_SHOWN):
+        weights = [p["fed"][place][1] for p in latents if len(p["fed"]) > place]
+        if weights:
+            heaviest.append(f"{sum(weights) / len(latents):.3f}")
+    if heaviest:
+        words.append(f"weights {' '.join(heaviest)}")
+    for title, some in (("token", [p for p in positions if not p["latent"]]), ("latent", latents)):
+        found = {}
+        for position in some:
+            for key, value in position["numbers"].items():
+                found.setdefault(key, []).append(value)
+        for key, values in found.items():
+            words.append(f"{title} {key} {sum(values) / len(values):.3f}")
+    print(f"means of {printable(name)}: {', '.join(words)}")
+
+
+MADE_BY = "made by eval.py show"
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<!-- made by eval.py show -->
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Thoughts</title>
+<style>
+:root { --paper: #fff; --ink: #1f2328; --grey: #59636e; --line: #c8d1da; --hot: 230, 120, 0;
+  --latent: #0969da; --marker: #a626a4; --right: #1a7f37; --wrong: #c6252d;
+  --bar: #8cc2f5; --bar2: #b9dafa; --bar3: #deeefd; color-scheme: light dark }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --paper: #0d1117; --ink: #e6edf3; --grey: #9aa4af; --line: #48515b; --hot: 235, 130, 20;
+    --latent: #58a6ff; --marker: #d68fe0; --right: #4cc163; --wrong: #ff7b72;
+    --bar: #1f5f9e; --bar2: #1f4a78; --bar3: #1c3654 } }
+* { box-sizing: border-box; -webkit-print-color-adjust: exact; print-color-adjust: exact }
+body { margin: 0 auto; max-width: 76em; padding: 1em 1em 15em; background: var(--paper);
+  color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.4em; margin: 0 0 .3em }
+h2 { font-size: 1em; margin: 1.6em 0 0; padding-top: .8em; border-top: 1px solid var(--line);
+  white-space: pre-wrap; overflow-wrap: anywhere }
+p { margin: .7em 0 .25em; color: var(--grey); overflow-wrap: anywhere }
+.right { color: var(--right) }
+.wrong { color: var(--wrong) }
+.row { display: flex; flex-wrap: wrap; gap: 3px }
+.box { display: flex; flex-direction: column; justify-content: center; min-width: 2.3em;
+  min-height: 2em; border: 1px solid var(--line); border-radius: 4px; overflow: hidden;
+  background: rgba(var(--hot), var(--e)); cursor: default }
+.token { font: 14px/1.7 ui-monospace, monospace; text-align: center; padding: 0 .3em;
+  max-width: 11em; overflow: hidden; text-overflow: ellipsis; white-space: pre }
+.latent { border: 2px solid var(--latent) }
+.latent .token { border-top: 1px solid var(--latent) }
+.marker { border: 2px dashed var(--marker) }
+.box:hover, .box:focus { outline: 3px solid var(--ink); outline-offset: -1px }
+.bars { display: flex; flex-direction: column-reverse; height: 4.4em; min-width: 2em;
+  background: var(--paper) }
+.bars b { overflow: hidden; background: var(--bar3); text-align: center; padding: 0 .2em;
+  font: 11px/1.1 ui-monospace, monospace; white-space: pre; max-width: 13em;
+  box-shadow: inset 0 1px var(--paper) }
+.bars b:nth-child(1) { background: var(--bar) }
+.bars b:nth-child(2) { background: var(--bar2) }
+.card { display: none; position: fixed; inset: auto 0 0 0; margin: auto; max-width: 46em;
+  max-height: 14em; overflow: auto; padding: .6em 1em; background: var(--paper);
+  border: 2px solid var(--line); border-bottom: 0; border-radius: 8px 8px 0 0;
+  font-size: 14px; z-index: 1 }
+.box:focus .card { display: block }
+.box:hover .card { display: block; z-index: 2 }
+.card table { display: inline-table; vertical-align: top; margin: .3em 2em 0 0;
+  border-spacing: 0; font-variant-numeric: tabular-nums }
+.card td { padding: 0 1em 0 0; overflow-wrap: anywhere; white-space: pre-wrap }
+.card td + td { text-align: right; padding: 0 }
+.key .box { min-width: 3em; text-align: center }
+@media print { body { padding-bottom: 0 } .card, .hint { display: none !important }
+  .row, .box { break-inside: avoid } }
+</style>
+</head>
+<body>
+<h1>Thoughts</h1>
+<div class="row key">$key
+<div class="box latent" style="--e:0"><div class="token">latent step</div></div>
+<div class="box marker" style="--e:0"><div class="token">answer marker</div></div></div>
+<p>The shade of a box is the entropy of its step, in nats. Bars are the weights of what a latent
+step was fed. <span class="hint">Point at a box, or reach it with the Tab key, for its numbers.
+</span></p>
+$body
+</body>
+</html>
+""")
+
+
+def write_page(shown):
+    """{model: records with positions} -> HTML without scripts that loads nothing."""
+    problems = {}  # {(data, question): its completions}
+    for name, records in shown.items():
+        for record in records:
+            key = (record["data"], record["question"])
+            problems.setdefault(key, []).append((name, record))
+    parts = []
+    for (data, question), completions in problems.items():
+        parts.append(f"<h2>{as_html(question)} <small>{as_html(data)}</small></h2>")
+        for name, record in completions:
+            kind = "right" if record["correct"] else "wrong"
+            if not record["gold"]:
+                kind = "open"
+            parts.append(
+                f'<p>{as_html(name)}, sample {record["sample"]}: '
+                f'<span class="{kind}">{as_html(verdict(record))}</span></p>')
+            parts.append('<div class="row">')
+            parts += [write_box(t, position) for t, position in enumerate(record["positions"])]
+            parts.append("</div>")
+    key = []
+    for entropy in (0, 0.5, 1, 2):
+        key.append(f'<div class="box" style="--e:{shade(entropy)}">{entropy}</div>')
+    return PAGE.substitute(key="\n".join(key), body="\n".join(parts))
+
+
+def as_html(text):
+    """Any text, also a hostile one, as the content of an HTML element."""
+    return html.escape(printable(text))
+
+
+def shade(entropy):
+    """Entropy in nats -> opacity of a box, which leaves its text legible."""
+    return round(0.7 * (1 - math.exp(-entropy)), 2)
+
+
+def write_box(t, position):
+    """Position t of a completion as HTML: bars of what was fed, token, card with the numbers."""
+    token = as_html(token_text(position["token"]))
+    kinds = [kind for kind in ("latent", "marker") if position[kind]]
+    bars, fed = [], []
+    for piece, weight in position["fed"]:
+        piece = as_html(token_text(piece))
+        name = piece if weight > 0.17 else ""
+        if weight >= 0.02:
+            bars.append(f'<b style="height:{100 * weight:.0f}%">{name}</b>')
+        fed.append(f"<tr><td>{piece}</td><td>{weight:.3f}</td></tr>")
+    numbers = []
+    for name, value in position["numbers"].items():
+        numbers.append(f"<tr><td>{name.replace('_', ' ')}</td><td>{value:.3f}</td></tr>")
+    title = ", ".join([f"step {t}", *kinds])
+    above = f'<div class="bars">{"".join(bars)}</div>' if bars else ""
+    return (
+        f'<div class="{" ".join(["box", *kinds])}" tabindex="0" '
+        f'style="--e:{shade(position["numbers"].get("entropy", 0))}">{above}'
+        f'<div class="token">{token}</div><div class="card">{title}: <b>{token}</b><br>'
+        f'<table>{"".join(numbers)}</table><table>{"".join(fed)}</table></div></div>')
+
+
+def show(argv):
+    """eval.py show: print, and write with --out, what models think -> {model: records}."""
+    args = parse_args(argv, "show")
+    file = Path(args.out)
+    if args.out and file.suffix not in (".html", ".json"):
+        fail(f"--out {file}: must end in .html or .json")
+    check_writable(f"--out {file}", file.parent)
+    if file.is_file() and MADE_BY not in file.read_text(encoding="utf-8", errors="replace"):
+        fail(f"--out {file}: exists and was not made by eval.py show; name another one")
+    if args.question and args.data:
+        fail("--question: give either it or --data")
+    asked = [configure(name, args) for name in args.models]
+    sets = {"": [{"question": args.question, "answer": ""}]}
+    if not args.question:
+        sets = load_sets(args)
+
+    shown = {}
+    for name, (script, cfg, mode, _) in zip(args.models, asked):
+        policy = tokenizer = None  # frees the model before
+        policy, tokenizer = load_alone(script, cfg)
+        shown[name] = []
+        for data, problems in sets.items():
+            encoded = encode_prompts(tokenizer, problems, cfg)
+            rng = make_rng(policy.lm.device, cfg.seed, "show", data)
+            records = decode_thoughts(script, policy, tokenizer, encoded, cfg, rng)
+            for record in records:
+                record["data"] = data
+                where = f"{name} ({mode})  problem {record['index']}  sample {record['sample']}"
+                print(f"\n{paint(printable(where), '1')}\n{printable(record['question'])}")
+                print_thought(record, script.METHOD_METRICS[0])
+            shown[name] += records
+        print()
+        print_means(name, shown[name])
+    if args.out:
+        text = json.dumps({"made_by": MADE_BY, **shown})
+        if file.suffix == ".html":
+            text = write_page(shown)
+        file.write_text(text, encoding="utf-8")
+        print(file)
+    return shown
+
+
+def ask(argv):
+    """eval.py ask: the completion of a question, then its answer; or of each line of the input."""
+    args = parse_args(argv, "ask")
+    name, *questions = args.models
+    script, cfg, _, _ = configure(name, args)
+    if cfg.num_samples > 1:
+        fail(f"--num_samples {cfg.num_samples}: ask decodes one completion; use show")
+    policy, tokenizer = load_alone(script, cfg)
+    if questions:
+        return answer(script, policy, tokenizer, questions[0], cfg, args.show)
+    for line in read_lines():
+        with contextlib.suppress(SystemExit):  # a question that cannot be encoded; the next may be
+            answer(script, policy, tokenizer, line, cfg, args.show)
+
+
+def read_lines():
+    """The lines of standard input that are not empty; a terminal shows a prompt for each."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def answer(script, policy, tokenizer, question, cfg, with_table):
+    """Decode a question; print the completion token by token, then the answer -> the record."""
+    problems = encode_prompts(tokenizer, [{"question": question, "answer": ""}], cfg)
+    rng = make_rng(policy.lm.device, cfg.seed, "ask", question)
+    step = script.next_input
+    script.next_input = printing(step, tokenizer)
+    try:
+        record, = decode_thoughts(script, policy, tokenizer, problems, cfg, rng)
+    finally:
+        script.next_input = step
+    print()
+    if with_table:
+        print_thought(record, script.METHOD_METRICS[0])
+    else:
+        print(verdict(record))
+    return record
+
+
+def printing(next_input, tokenizer):
+    """A script's next_input that also prints what the text grows by."""
+    ids = []
+    texts = [""]
+
+    def step(*args):
+        found = next_input(*args)
+        ids.append(found[0].item())
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character of several tokens, which is not complete
+            lines = text[len(texts[-1]) :].split("\n")
+            print("\n".join(map(printable, lines)), end="", flush=True)
+            texts.append(text)
+        return found
+
+    return step
+
+
+# === 5. main ======================================================================================
+
+
+def load_sets(args):
+    """{name: problems} of --data, or of what the first checkpoint was trained on."""
+    names = args.data.split(",")
+    if not args.data:
+        saved = [checkpoint_settings(model_folder(name)) for name in args.models]
+        own = [settings.get("eval_data") or settings["train"] for settings in saved if settings]
+        names = own[:1] or ["arithmetic"]
+    return {name: load_problems(name, "test", args.limit) for name in names if name}
 
 
 def main(argv=None):
     """Evaluate, print, write -> list of rows, one per model and data set."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["plot"], ["--table"]):
-        return {"plot": plot, "--table": table}[argv[0]](argv[1:])
+    others = {"plot": plot, "--table": table, "show": show, "ask": ask}
+    if argv and argv[0] in others:
+        return others[argv[0]](argv[1:])
     args = parse_args(argv)
     if args.out:
         check_writable(f"--out {args.out}", Path(args.out))
     asked = [configure(name, args) for name in args.models]  # wrong flags show before hours of work
-    names = args.data.split(",")
-    if not args.data:  # what the first checkpoint was trained on
-        saved = [checkpoint_settings(model_folder(name)) for name in args.models]
-        own = [settings.get("eval_data") or settings["train"] for settings in saved if settings]
-        names = own[:1] or ["arithmetic"]
-    sets = {name: load_problems(name, "test", args.limit) for name in names if name}
+    sets = load_sets(args)
 
     rows = []
     for name, (script, cfg, mode, given) in zip(args.models, asked):

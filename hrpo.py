@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (
     INSTRUCTION, Marker, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores,
-    check_ranks, completion_hidden, completion_logprobs, data_fingerprint, differ, embed_scale,
+    check_ranks, completion_hidden, completion_logprobs, data_fingerprint, embed_scale,
     encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest, left_pad, live_rows,
     lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run,
     log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run,
@@ -342,6 +342,17 @@ def measure(policy, outputs, batch, cfg):
         found["gate_a"] = (a.mean(-1), batch["latent_mask"])
         found["hidden_ratio"] = ((1 - a**2).sqrt().mean(-1), batch["latent_mask"])
     return found
+
+
+@torch.no_grad()
+def describe(policy, outputs, batch, cfg):
+    """What latent steps were fed, for eval.py show -> ids, weights [B, T, K]; ids None: k is id k.
+
+    Of the soft token: the distribution that it was made from, which the replay finds again.
+    """
+    logits = lm_logits(policy.lm, policy.hidden(batch))  # [B, T, V]
+    scores, ids = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
+    return ids, scores.softmax(-1)
 
 
 # === 3. rollout ===================================================================================

@@ -37,7 +37,7 @@ from transformers import DynamicCache
 
 from common import (
     INSTRUCTION, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
+    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
     embed_scale, encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest,
     latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint, load_method,
     load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means,
@@ -537,6 +537,16 @@ def measure(policy, outputs, batch, cfg):
         found["latent_size"] = (size, batch["latent_mask"])
         found["switch_entropy"] = (outputs["entropy"].gather(1, opened), batch["latent_mask"])
     return found
+
+
+@torch.no_grad()
+def describe(policy, outputs, batch, cfg):
+    """What latent steps were fed, for eval.py show -> ids (None: k is id k), weights [B, T, V].
+
+    They were fed a hidden state. The weights are what the head makes of it: the tokens near to it.
+    """
+    logits = lm_logits(policy.lm, policy.hidden(batch))
+    return None, logits.softmax(-1)
 
 
 # === 2b. supervised stage =========================================================================

@@ -545,6 +545,11 @@ def measure(policy, outputs, batch, cfg):
     return found
 
 
+def describe(policy, outputs, batch, cfg):
+    """What latent steps were fed, for eval.py show -> ids, weights [B, T, K] of the mixtures."""
+    return batch["topk_ids"], mixture_weights(batch["topk_scores"], cfg.latent_tau)
+
+
 # === 2b. supervised stage =========================================================================
 # Latent-SFT with chunks of a written chain as labels. A demonstration is laid out as a rollout is:
 # mixtures, then the marker, the answer and EOS. topk_scores / tau are the log-weights of a label,

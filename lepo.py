@@ -4,7 +4,7 @@ Paper    LEPO, arXiv 2604.17892 (Findings of ACL 2026). [fig.] refers to the obj
          figure, [code] to the authors' code; [ours] marks our own choices.
 Idea     The first L_g steps sample no token. Gumbel noise on the log-probs of the K likeliest
          tokens and a softmax give weights z, and the mean embedding under z is the next input. The
-         noise makes completions differ, so that rewards can rank them. Then tokens follow as usual.
+         noise makes completions so that rewards can rank them. Then tokens follow as usual.
 GRPO +   1. a latent step keeps K candidates and their perturbed log-probs   gumbel_softmax_scores
          2. it feeds their weighted mean embedding                           mixture_weights
          3. z is a soft label: the update raises sum_k z_k log pi_k by A      latent_logprob [fig.]
@@ -30,11 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (
     INSTRUCTION, Marker, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores,
-    check_ranks, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
-    encode_prompts, fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest, left_pad,
-    live_rows, lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems,
-    lock_run, log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems,
-    open_run, parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
+    check_ranks, combine, completion_hidden, completion_logprobs, data_fingerprint, encode_prompts,
+    fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest, left_pad, live_rows,
+    lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run,
+    log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run,
+    parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
     select_rows, setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture,
     weights_fingerprint)
 
@@ -230,7 +230,7 @@ class Policy(nn.Module):
         self.tau = cfg.latent_tau
         self.kind = cfg.latent_grad
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
-        if cfg.latent_steps == 0:
+        if cfg.latent_steps == 0 and not cfg.until_marker:
             self.num_candidates = 1  # the sampled token is the only candidate
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         if cfg.until_marker:
@@ -346,8 +346,8 @@ def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
     fed one by one, whatever the model says. Only eval.py decodes so; the step lives here because it
     is this script's latent step, and any other file would need a rollout of its own.
     """
-    shown, mixed, _ = latent_input(policy, logits, cfg, rng, greedy)
-    sampled = token_input(policy, logits, cfg, rng, greedy)[0]
+    shown, mixed, record = latent_input(policy, logits, cfg, rng, greedy)
+    sampled, _, token_record = token_input(policy, logits, cfg, rng, greedy)
     seen = state["marker_seen"]
     forced = state["forced"]  # ids of the marker that were fed so far
     entropy = torch.distributions.Categorical(logits=logits / cfg.temperature).entropy()  # [b]
@@ -362,7 +362,12 @@ def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
     embeds = torch.where(latent[:, None], mixed, policy.table(ids))
     forced = forced + force.long()
     state = {"marker_seen": seen, "last_ids": last_ids, "calm": calm, "forced": forced}
-    return ids, embeds, {"latent_mask": latent}, state
+    token_record["topk_ids"][:, 0] = ids
+    token_record["loss_mask"] = ~force
+    for name, value in token_record.items():
+        is_mixed = latent.view(-1, *[1] * (value.dim() - 1))
+        record[name] = torch.where(is_mixed, record[name], value)
+    return ids, embeds, record, state
 
 
 @torch.no_grad()
@@ -429,6 +434,11 @@ def measure(policy, outputs, batch, cfg):
     for name, value in values.items():
         found[name] = (value, batch["latent_mask"])
     return found
+
+
+def describe(policy, outputs, batch, cfg):
+    """What latent steps were fed, for eval.py show -> ids, weights [B, T, K] of the mixtures."""
+    return batch["topk_ids"], mixture_weights(batch["topk_scores"], policy.tau)
 
 
 # === 3. rollout ===================================================================================

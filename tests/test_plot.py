@@ -130,7 +130,7 @@ def test_results_of_out_become_pass_at_k_curves(tmp_path):
     evaluation.main(["plot", str(tmp_path / "a.json"), "--out", str(tmp_path / "f.png")])
     figure = json.loads((tmp_path / "f.json").read_text())
     run, = figure["runs"]
-    assert figure["y"] == "pass@k" and run["label"] == "a noise_scale=0.5"
+    assert figure["y"] == "pass@k" and run["label"] == "a noise_scale=0.5, d"
     assert run["steps"] == [1, 2, 4] and run["values"] == [0.25, 0.5, 0.75]
     assert (tmp_path / "f.png").stat().st_size > 5000
 
@@ -181,3 +181,75 @@ def test_x_that_cannot_be_drawn_is_refused_in_one_line(runs, tmp_path, capsys):
         capsys, tmp_path / "r.json", tmp_path / "r.json", "--x", "seed", *out)
     (tmp_path / "f.json").write_text('{"y": "accuracy", "runs": []}')
     assert "over seed" in refusal(capsys, tmp_path / "f.json", "--x", "seed", *out)
+
+
+def result(folder, name, data, seed, values):
+    """A .json of --out for the model NAME-SEED on a data set."""
+    file = folder / f"{name}-{seed}-{data}.json"
+    row = {"model": f"runs/{name}-{seed}", "data": data, "mode": "trained", "script": "lepo",
+           "given": {"num_samples": 4}, "seed": 0, "train_seed": seed, "total_length": 5 * seed}
+    passes = dict(zip(("accuracy", "pass@2", "pass@4"), values))
+    file.write_text(json.dumps({**row, **passes}))
+    return file
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not saved."""
+    module, drawn = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(module.Figure, "savefig", lambda self, file: drawn.append(self))
+    return drawn
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.legends[0].texts]
+
+
+def test_pass_at_k_of_several_data_sets_and_seeds(tmp_path, figures):
+    files = [result(tmp_path, "a", data, seed, [0.1 * seed, 0.2, 0.4])
+             for data in ("easy", "hard") for seed in (1, 2)]
+    evaluation.main(["plot", *map(str, files), "--out", str(tmp_path / "f.png")])
+    evaluation.main(["plot", *map(str, files[:3:2]), "--out", str(tmp_path / "g.png")])
+    evaluation.main(["plot", *map(str, files[:2]), "--out", str(tmp_path / "h.png")])
+    assert texts(figures[0]) == ["a, easy (2 seeds)", "a, hard (2 seeds)"]
+    assert figures[0].axes[0].lines[0].get_ydata() == pytest.approx([0.15, 0.2, 0.4])
+    assert texts(figures[1]) == ["a, easy", "a, hard"]
+    assert texts(figures[2]) == ["a (2 seeds)"]  # what all have need not be said
+
+
+def test_a_result_that_is_named_twice_is_refused_with_the_reason(tmp_path, capsys):
+    file = result(tmp_path, "a", "easy", 1, [0.1])
+    assert "a, easy, seed 1: is there twice; leave one out" in refusal(
+        capsys, file, file, "--out", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("length, number", [(4, 3), (30, 3), (30, 9), (60, 8), (8, 14)])
+def test_a_legend_leaves_most_of_the_figure_to_the_curves(length, number, tmp_path, figures):
+    runs = [{"label": f"{i}" * length, "seed": 0, "steps": [0, 1], "values": [i, i + 1]}
+            for i in range(number)]
+    evaluation.draw_curves("accuracy", runs, tmp_path / "a.png")
+    figure = figures[0]
+    figure.draw_without_rendering()
+    axes, legend = figure.axes[0].get_position(), figure.legends[0].get_window_extent()
+    assert axes.height > 0.6
+    assert axes.width * figure.get_figwidth() > 3.9  # inches
+    assert legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
+
+
+def test_points_have_no_line_and_short_runs_no_step_between_two(runs, tmp_path, figures):
+    files = [result(tmp_path, name, "d", seed, [0.5]) for name in "ab" for seed in (1, 2)]
+    evaluation.main(["plot", *map(str, files), "--x", "total_length", "--out",
+                     str(tmp_path / "f.png")])
+    for line in [*figures[0].axes[0].lines, *figures[0].legends[0].get_lines()]:
+        assert line.get_linestyle() == "None" and line.get_marker() not in ("None", "")
+    evaluation.draw_curves("reward", [
+        {"label": "a", "seed": 0, "steps": [1, 2, 3], "values": [1, 2, 3]}], tmp_path / "b.png")
+    ticks = figures[1].axes[0].get_xticks()
+    assert len(ticks) > 2 and all(tick == round(tick) for tick in ticks)
+
+
+def test_curves_that_end_at_the_same_place_are_named_there(tmp_path, figures):
+    values = {"a": [0, 0.9], "b": [0.5, 0.901], "c": [0.7, 0.5], "d": [1, 0.1], "e": [0, 0.1]}
+    runs = [{"label": name, "seed": 0, "steps": [0, 20], "values": v} for name, v in values.items()]
+    evaluation.draw_curves("accuracy", runs, tmp_path / "a.png")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["a\nb", "d\ne"]

@@ -39,7 +39,8 @@ def thought(tokens, latent=True, gold="7", **changes):
                   "fed": [(token, 0.75), ("b", 0.25)] if latent else [],
                   "numbers": {"entropy": 0.5, "log-prob": -12.25, "gate_a": 0.98}}
                  for token in tokens]
-    return {"question": "".join(tokens), "completion": "".join(tokens), "extracted": "".join(tokens),
+    text = "".join(tokens)
+    return {"question": text, "completion": text, "extracted": text,
             "gold": gold, "correct": False, "length": len(tokens), "latent_steps": 3, "data": "d",
             "index": 0, "sample": 0, "positions": positions, **changes}
 
@@ -58,7 +59,8 @@ def test_every_step_of_a_completion_is_shown_with_its_token_and_score(thoughts):
         positions = record["positions"]
         assert (record["index"], record["sample"]) == (row // 3, row % 3)
         assert len(positions) == record["length"]
-        assert [p["latent"] for p in positions] == batch["latent_mask"][row].tolist()[:len(positions)]
+        wanted = batch["latent_mask"][row].tolist()[: len(positions)]
+        assert [p["latent"] for p in positions] == wanted
         for t, position in enumerate(positions):
             numbers = position["numbers"]
             assert position["token"] == policy.tokenizer.decode([batch["completion_ids"][row, t]])

@@ -1385,7 +1385,7 @@ def grade(batch, problems, tokenizer, marker):
     for row, text in enumerate(texts):
         problem = problems[row * len(problems) // len(texts)]
         latent = masks[row][: lengths[row]]
-        spans = [list(run.span()) for run in re.finditer(rb"\1+", bytes(latent))]
+        spans = [list(run.span()) for run in re.finditer(rb"\x01+", bytes(latent))]
         answer = extract_answer(text, marker)
         records.append({
             "question": problem["question"], "completion": text,

@@ -2004,6 +2004,8 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+SHOWN = """reward accuracy loss kl length total_length latent_steps zero_std_frac truncated_frac
+    seconds""".split()
 SAMPLE = """  {question!r:.200} -> {completion!r}
   extracted {extracted!r}, gold {gold!r}, reward {reward}, latent steps {latent_steps}"""
 
@@ -2019,9 +2021,7 @@ class Progress:
 
     def show(self, row, records):
         """A row of metrics.jsonl; with a training row now and then two of its completions."""
-        names = ["reward", "accuracy", "loss", "kl", "length", "total_length", "latent_steps",
-                 "zero_std_frac", "truncated_frac", "seconds"]
-        text = "  ".join(f"{n} {row[n]:.4g}" for n in names if row.get(n) is not None)
+        text = "  ".join(f"{n} {row[n]:.4g}" for n in SHOWN if row.get(n) is not None)
         line = f"{row['kind']:5} step {row['step']:4d}  {text}"
         if row["kind"] == "eval":
             tqdm.write(line)

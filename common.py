@@ -39,6 +39,7 @@ import zlib
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -788,13 +789,17 @@ INSTRUCTION = ("Think through the problem step by step. Then end your thinking w
                "this: reasoning {marker} answer")
 
 
-def encode_prompts(tokenizer, problems, cfg):
+def encode_prompts(tokenizer, problems, cfg, max_length=0):
     """Problems with "prompt_ids" added; those over max_prompt_length are dropped and counted.
 
-    cfg: answer_marker, max_prompt_length, and what render_prompt reads. The prompt is tokenised
-    without special tokens where a chat template wrote them, so that a BOS is never doubled, and
-    else with them.
+    cfg: answer_marker, max_prompt_length, and what render_prompt reads; or the marker alone, with
+    max_length, for prompts as they are by default. The prompt is tokenised without special tokens
+    where a chat template wrote them, so that a BOS is never doubled, and else with them.
     """
+    if isinstance(cfg, str):
+        cfg = SimpleNamespace(
+            answer_marker=cfg, max_prompt_length=max_length, instruction=INSTRUCTION,
+            template_args="", prompt_suffix="", prompt_date="2025-01-01")
     marker = cfg.answer_marker
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if marker not in tokenizer.decode(ids, skip_special_tokens=True):
@@ -1750,6 +1755,9 @@ def parse_flags(config, presets, doc, argv=None):
     is --preset; by default the one that a checkpoint of ours was trained with, tiny for the tiny
     model, and paper for all others. An unknown flag or preset ends with exit code 2.
     """
+    for word in sys.argv if argv is None else argv:
+        if re.search("[\ud800-\udfff]", word):
+            fail(f"{word!r}: is no UTF-8 text")
     source = inspect.getsource(config)
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(

@@ -223,3 +223,10 @@ def test_a_reward_of_your_own_sees_every_column_of_the_row(method, model, tmp_pa
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {s["reward"] for s in samples} <= {n / 8 for n in range(8)} and len(samples) > 8
     assert all(s["reward"] == int(s["question"][0]) / 8 and "row" not in s for s in samples)
+
+
+def test_a_flag_that_is_no_text_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        import_module("hrpo").parse_config(["--instruction", "a\udc80"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: 'a\\udc80': is no UTF-8 text\n"

@@ -128,3 +128,9 @@ def test_prompts_over_the_limit_are_counted(capsys):
     with pytest.raises(SystemExit):
         encode_prompts(tokenizer, problems, prompt_cfg("#", 1, **form))
     assert f"shortest has {lengths[0]} tokens" in capsys.readouterr().err
+
+
+def test_a_marker_and_a_length_stand_for_a_config_with_the_usual_prompt(tokenizer):
+    problems = [{"question": "1+1", "answer": "2"}, {"question": "1+1" * 199, "answer": "2"}]
+    usual = encode_prompts(tokenizer, problems, prompt_cfg("#", 300))
+    assert encode_prompts(tokenizer, problems, "#", 300) == usual and len(usual) == 1

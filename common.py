@@ -1583,18 +1583,23 @@ def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
 
     hidden [B, T, H]; ids [B, T] or [B, T, K]; mask [B, T]: positions outside give 0, cost nothing
     -> logprobs shaped like ids, entropy [B, T] (nats, detached), float32. The head runs on slices
-    of about `chunk` logits, recomputed in backward, so that [B, T, V] never exists.
+    of about `chunk` logits, so that [B, T, V] never exists. Backward recomputes them, but not where
+    frozen_logprobs can be used.
     """
     states = hidden[mask]  # [n, H]
     wanted = ids[mask]  # [n] or [n, K]
     size = max(1, chunk // lm.num_tokens)
     recompute = torch.is_grad_enabled() and len(states) > size
+    head = lm.get_output_embeddings()
+    is_frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
     found, entropies = [], []
     total = max(1, len(states))
     for start in range(0, total, size):
         rows = slice(start, start + size)
         args = (lm, states[rows], wanted[rows], temperature)
-        if recompute:
+        if recompute and is_frozen and ids.dim() == 2:
+            part = frozen_logprobs(*args)
+        elif recompute:
             part = checkpoint(gather_logprobs, *args, use_reentrant=False)
         else:
             part = gather_logprobs(*args)
@@ -1617,6 +1622,19 @@ def gather_logprobs(lm, states, ids, temperature):
     with torch.no_grad():  # last: backward recomputes only up to what it needs
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return found.view(ids.shape), entropies
+
+
+def frozen_logprobs(lm, states, ids, temperature):
+    """gather_logprobs of ids [n] for a head that is not trained; backward costs nothing.
+
+    The log-prob of a row depends on the state of that row only. So its slope [n, H] can be made at
+    once, while the logits are there, whatever the loss will be.
+    """
+    inputs = states.detach().requires_grad_()
+    found, entropies = gather_logprobs(lm, inputs, ids, temperature)
+    slopes, = torch.autograd.grad(found.sum(), inputs)
+    change = (states - inputs.detach()) * slopes  # 0, with the gradient that found has
+    return found.detach() + change.sum(-1), entropies
 
 
 def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):

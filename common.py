@@ -1436,11 +1436,9 @@ class RoomyLayer(DynamicLayer):
         """The new keys and values [b, heads, s, size] -> all that are cached now."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            device = key_states.device.type
-            is_mixed = torch.is_autocast_enabled(device)  # attention computes in bfloat16 then
-            dtype = torch.get_autocast_dtype(device) if is_mixed else key_states.dtype
-            self.keys = key_states[:, :, :0].to(dtype)
-            self.values = value_states[:, :, :0].to(dtype)
+            # Under autocast rotary embeddings leave keys in float32; attention rounds them anyway.
+            self.keys = key_states[:, :, :0].to(value_states.dtype)
+            self.values = value_states[:, :, :0]
         number, _, start, _ = self.keys.shape
         end = start + key_states.shape[2]
         if end > self.room:
@@ -1654,6 +1652,21 @@ def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
         likelier = probs.cumsum(-1) - probs  # mass of the ids before each
         scores = scores.masked_fill(likelier >= top_p, -math.inf)
     return scores, ids
+
+
+def sample(probs, rng, width=256):
+    """probs [b, K] -> places [b], each drawn with its share of the sum of its row.
+
+    multinomial draws noise for each of the K places. So from 1024 places on it draws a block of
+    `width` places first, and then a place in it.
+    """
+    if probs.shape[1] < 1024:
+        return torch.multinomial(probs, 1, generator=rng)[:, 0]
+    padded = F.pad(probs, (0, -probs.shape[1] % width))
+    blocks = padded.unflatten(1, (-1, width))  # [b, n, width]
+    block = sample(blocks.sum(-1), rng)  # [b]
+    inside = blocks.take_along_dim(block[:, None, None], 1)  # [b, 1, width]
+    return block * width + sample(inside[:, 0], rng)
 
 
 def make_rng(device, *key):

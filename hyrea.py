@@ -37,13 +37,13 @@ from transformers import DynamicCache
 
 from common import (
     INSTRUCTION, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores, check_ranks,
-    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint, differ,
+    checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
     embed_scale, encode_prompts, fail, find_resume, first_of_each, frozen_copy, gather, grade,
     largest, latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint,
     load_method, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima,
     means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
-    resolve_config, run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed,
-    stop_requested, summarise, taught_answer, warn, weights_fingerprint)
+    resolve_config, run_program, sample, save_checkpoint, select_rows, setup_distributed,
+    stop_agreed, stop_requested, summarise, taught_answer, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -436,7 +436,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     logits = logits.masked_fill(~allowed, -math.inf)
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
-    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
     logprobs = logprobs.gather(1, ids[:, None])[:, 0]  # [b]

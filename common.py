@@ -1438,11 +1438,9 @@ class RoomyLayer(DynamicLayer):
         """The new keys and values [b, heads, s, size] -> all that are cached now."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            device = key_states.device.type
-            is_mixed = torch.is_autocast_enabled(device)  # attention computes in bfloat16 then
-            dtype = torch.get_autocast_dtype(device) if is_mixed else key_states.dtype
-            self.keys = key_states[:, :, :0].to(dtype)
-            self.values = value_states[:, :, :0].to(dtype)
+            # Under autocast rotary embeddings leave keys in float32; attention rounds them anyway.
+            self.keys = key_states[:, :, :0].to(value_states.dtype)
+            self.values = value_states[:, :, :0]
         number, _, start, _ = self.keys.shape
         end = start + key_states.shape[2]
         if end > self.room:
@@ -1585,18 +1583,23 @@ def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
 
     hidden [B, T, H]; ids [B, T] or [B, T, K]; mask [B, T]: positions outside give 0, cost nothing
     -> logprobs shaped like ids, entropy [B, T] (nats, detached), float32. The head runs on slices
-    of about `chunk` logits, recomputed in backward, so that [B, T, V] never exists.
+    of about `chunk` logits, so that [B, T, V] never exists. Backward recomputes them, but not where
+    frozen_logprobs can be used.
     """
     states = hidden[mask]  # [n, H]
     wanted = ids[mask]  # [n] or [n, K]
     size = max(1, chunk // lm.num_tokens)
     recompute = torch.is_grad_enabled() and len(states) > size
+    head = lm.get_output_embeddings()
+    is_frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
     found, entropies = [], []
     total = max(1, len(states))
     for start in range(0, total, size):
         rows = slice(start, start + size)
         args = (lm, states[rows], wanted[rows], temperature)
-        if recompute:
+        if recompute and is_frozen and ids.dim() == 2:
+            part = frozen_logprobs(*args)
+        elif recompute:
             part = checkpoint(gather_logprobs, *args, use_reentrant=False)
         else:
             part = gather_logprobs(*args)
@@ -1621,6 +1624,19 @@ def gather_logprobs(lm, states, ids, temperature):
     return found.view(ids.shape), entropies
 
 
+def frozen_logprobs(lm, states, ids, temperature):
+    """gather_logprobs of ids [n] for a head that is not trained; backward costs nothing.
+
+    The log-prob of a row depends on the state of that row only. So its slope [n, H] can be made at
+    once, while the logits are there, whatever the loss will be.
+    """
+    inputs = states.detach().requires_grad_()
+    found, entropies = gather_logprobs(lm, inputs, ids, temperature)
+    slopes, = torch.autograd.grad(found.sum(), inputs)
+    change = (states - inputs.detach()) * slopes  # 0, with the gradient that found has
+    return found.detach() + change.sum(-1), entropies
+
+
 def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
     """What ids are sampled from: temperature, then top-k, then top-p.
 
@@ -1638,6 +1654,21 @@ def candidate_scores(logits, temperature=1.0, top_k=0, top_p=1.0):
         likelier = probs.cumsum(-1) - probs  # mass of the ids before each
         scores = scores.masked_fill(likelier >= top_p, -math.inf)
     return scores, ids
+
+
+def sample(probs, rng, width=256):
+    """probs [b, K] -> places [b], each drawn with its share of the sum of its row.
+
+    multinomial draws noise for each of the K places. So from 1024 places on it draws a block of
+    `width` places first, and then a place in it.
+    """
+    if probs.shape[1] < 1024:
+        return torch.multinomial(probs, 1, generator=rng)[:, 0]
+    padded = F.pad(probs, (0, -probs.shape[1] % width))
+    blocks = padded.unflatten(1, (-1, width))  # [b, n, width]
+    block = sample(blocks.sum(-1), rng)  # [b]
+    inside = blocks.take_along_dim(block[:, None, None], 1)  # [b, 1, width]
+    return block * width + sample(inside[:, 0], rng)
 
 
 def make_rng(device, *key):

@@ -34,7 +34,7 @@ from common import (
     encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest, left_pad, live_rows,
     lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run,
     log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run,
-    parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
+    parse_flags, peak_memory, record_sums, resolve_config, run_program, sample, save_checkpoint,
     select_rows, setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture,
     weights_fingerprint)
 
@@ -254,7 +254,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
-    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     embeds = policy.table(ids)  # [b, H]
     logprobs = torch.log_softmax(logits, -1)  # [b, V]

@@ -38,12 +38,12 @@ from transformers import DynamicCache
 from common import (
     INSTRUCTION, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores, check_ranks,
     checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
-    embed_scale, encode_prompts, fail, find_resume, frozen_copy, gather, grade, largest,
-    latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint, load_method,
-    load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means,
-    micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config,
-    run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested,
-    summarise, taught_answer, warn, weights_fingerprint)
+    embed_scale, encode_prompts, fail, find_resume, first_of_each, frozen_copy, gather, grade,
+    largest, latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint,
+    load_method, load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima,
+    means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
+    resolve_config, run_program, sample, save_checkpoint, select_rows, setup_distributed,
+    stop_agreed, stop_requested, summarise, taught_answer, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -158,12 +158,12 @@ class Config:
 PRESETS = {
     "tiny": {},
     "paper": dict(  # Qwen2.5-7B-Instruct. Rates, batches, group, temperature, rounds [sec. 4.1,
-        # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass) and S [ours]
+        # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass), S, the markers' rows [ours]
         train="gsm8k", answer_marker="####", steps=58, num_prompts=128, max_prompt_length=512,
-        max_completion_length=1024, lr=1e-6, micro_batch=8, eval_every=10, eval_limit=200,
-        eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000, sft_rounds=0,
-        sft_growth=0.1, sft_batch=32, sft_lr=4e-7, sft_save_every=250, label_ends=True,
-        entropy_once=False, marker_init="<< >>", marker_lr=10.0),  # the last two [ours]
+        max_completion_length=1024, lr=1e-6, micro_batch=8, share_prompts=True, eval_every=10,
+        eval_limit=200, eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000,
+        sft_rounds=0, sft_growth=0.1, sft_batch=32, sft_lr=4e-7, sft_save_every=250,
+        label_ends=True, entropy_once=False, marker_init="<< >>", marker_lr=10.0),
 }
 
 
@@ -345,6 +345,17 @@ class Policy(nn.Module):
         columns = torch.arange(exists.shape[1], device=exists.device)
         pieces, where, last = [], torch.zeros_like(places), None
         fed = 0  # columns fed in the rounds before; where: that of each slot among all fed
+        if lm.share_prompts:  # each prompt once, for all its rows; the rounds are what follows it
+            if cache is None:
+                return completion_hidden(lm, batch, table(batch["completion_ids"]))
+            rows, prompt_of = first_of_each(batch["prompt_ids"], batch["prompt_mask"])
+            hidden = lm_hidden(lm, inputs[rows, :width], exists[rows, :width], cache=cache)
+            pieces = [hidden[prompt_of, -1:]]  # it decides the first position
+            fed = 1
+            grown = cache.grown.values()
+            cache = RoundCache([(keys[prompt_of], values[prompt_of]) for keys, values in grown])
+            seen = exists[:, :width]
+            exists = exists & (columns >= width)
         for number in range(int(turn.max()) + 1):
             now = exists & (turn == number)  # [B, S], one run of slots in a row, or none
             count, first = now.sum(1, keepdim=True), now.int().argmax(1, keepdim=True)  # [B, 1]
@@ -435,7 +446,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     logits = logits.masked_fill(~allowed, -math.inf)
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
-    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
     logprobs = logprobs.gather(1, ids[:, None])[:, 0]  # [b]

@@ -37,8 +37,8 @@ from common import (
     latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint, load_method,
     load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means,
     micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config,
-    run_program, save_checkpoint, select_rows, setup_distributed, stop_agreed, stop_requested,
-    summarise, taught_answer, top_k_mixture, warn, weights_fingerprint)
+    run_program, sample, save_checkpoint, select_rows, setup_distributed, stop_agreed,
+    stop_requested, summarise, taught_answer, top_k_mixture, warn, weights_fingerprint)
 
 METHOD = Path(__file__).stem
 
@@ -399,7 +399,7 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     """
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, C]; C = V without top-k
-    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     is_given = cfg.floor and t < len(policy.marker_ids)  # an empty thought: no choice, no score
     if is_given:

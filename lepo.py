@@ -34,7 +34,7 @@ from common import (
     fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest, left_pad, live_rows,
     lm_hidden, lm_logits, load_checkpoint, load_method, load_model, load_problems, lock_run,
     log_rows, lora_disabled, make_rng, maxima, means, micro_batches, next_problems, open_run,
-    parse_flags, peak_memory, record_sums, resolve_config, run_program, save_checkpoint,
+    parse_flags, peak_memory, record_sums, resolve_config, run_program, sample, save_checkpoint,
     select_rows, setup_distributed, stop_agreed, stop_requested, summarise, top_k_mixture,
     weights_fingerprint)
 
@@ -299,7 +299,7 @@ def token_input(policy, logits, cfg, rng, greedy):
     """A sampled token, or the likeliest, and its embedding -> ids [b], embeds [b, H], record."""
     scores, candidates = candidate_scores(logits, cfg.temperature, cfg.top_k, cfg.top_p)
     probs = scores.softmax(-1)  # [b, K]; K = V without top-k
-    choice = probs.argmax(-1) if greedy else torch.multinomial(probs, 1, generator=rng)[:, 0]
+    choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
     padding = (0, policy.num_candidates - 1)  # one candidate, K - 1 without weight

@@ -4,23 +4,26 @@ import pytest
 import torch
 from conftest import METHODS
 from runs import flags, rows, train
+from test_hyrea import draw_often
 from test_replay import build, draw, gradients, score
 
 import common
+import hyrea
 from common import first_of_each, micro_batches
 
 CASES = [(name, {}) for name in METHODS if name != "hyrea"] + [("hyrea", {"replay_latents": True})]
+ALL = [*CASES, ("hyrea", {})]
 
 
-def passes(monkeypatch):
-    """-> a list to which each pass through the model adds its rows."""
+def passes(monkeypatch, module=common):
+    """-> a list to which each pass through the model, by this module, adds its rows."""
     seen, plain = [], common.lm_hidden
 
     def noted(lm, embeds, *args, **kwargs):
         seen.append(len(embeds))
         return plain(lm, embeds, *args, **kwargs)
 
-    monkeypatch.setattr(common, "lm_hidden", noted)
+    monkeypatch.setattr(module, "lm_hidden", noted)
     return seen
 
 
@@ -41,8 +44,31 @@ def test_it_computes_a_prompt_once_and_changes_no_gradient(method, changes, monk
         assert found_sums[name] == pytest.approx(values, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mpt"])
+def test_rounds_of_latents_share_prompts_too(kind, monkeypatch):
+    _, policy, cfg = build("hyrea", kind, latents_per_step=2, max_completion_length=16)
+    if kind == "llama":
+        policy.double()  # a chain of latents amplifies rounding
+    batch = draw_often(policy, cfg, 4)
+    rounds = int(batch["latent_mask"].sum(1).max()) + 1
+    assert rounds > 3 and len(set(batch["latent_mask"].sum(1).tolist())) > 2
+    exists = batch["completion_mask"][..., None]
+    noise = torch.randn(exists.shape[0], exists.shape[1], 32)
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+    results = []
+    for policy.lm.share_prompts in (False, True):
+        seen = passes(monkeypatch, hyrea)
+        hidden = policy.hidden(batch)
+        loss = (hidden * exists * noise).sum()
+        results.append((hidden * exists, *torch.autograd.grad(loss, trained, allow_unused=True)))
+    assert len(batch["lengths"]) == 16 and seen == [4, *[16] * rounds]
+    for plain, shared in zip(*results):
+        if plain is not None:
+            assert (plain - shared).norm() <= 1e-3 * plain.norm()
+
+
 @pytest.mark.parametrize("limit, eos", [(1, (2,)), (14, range(40))])
-@pytest.mark.parametrize("method, changes", CASES)
+@pytest.mark.parametrize("method, changes", ALL)
 def test_completions_of_one_token_share_prompts_too(method, changes, limit, eos, monkeypatch):
     module, policy, cfg = build(method, eos=eos, max_completion_length=limit, **changes)
     batch = draw(module, policy, cfg, group_size=4)
@@ -56,8 +82,6 @@ def test_completions_of_one_token_share_prompts_too(method, changes, limit, eos,
 
 def test_a_run_with_completions_of_one_token_trains(method, model, tmp_path):
     argv = flags(model, tmp_path / "run", "--share_prompts --max_completion_length 1")
-    if method == "hyrea":
-        argv.append("--replay_latents")
     assert isinstance(train(method, argv), dict)
 
 

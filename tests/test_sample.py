@@ -1,4 +1,4 @@
-"""Drawing one of many ids: the law, the ids that are impossible, the same draws as before if few."""
+"""Drawing one of many ids: its law, ids that are impossible, the same draws as before if few."""
 
 import pytest
 import torch

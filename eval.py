@@ -515,11 +515,13 @@ def name_coinciding(axes, ends, are_points):
         if len(near) == 1 or named & set(near):
             continue
         named |= set(near)
+        text = ", ".join(near)
+        if len(text) > 24 and not are_points:
+            text = "\n".join(near)
         on_left = are_points and place[0] > 0.5  # a curve ends at the right: beside the axes
         axes.annotate(
-            (", " if are_points else "\n").join(near), place, xycoords="axes fraction", fontsize=9,
-            xytext=(-7 if on_left else 7, 0), textcoords="offset points", va="center",
-            ha="right" if on_left else "left")
+            text, place, xycoords="axes fraction", fontsize=9, textcoords="offset points",
+            xytext=(-7 if on_left else 7, 0), va="center", ha="right" if on_left else "left")
 
 
 def draw_curves(y, runs, file, x=""):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, save_folder
+from conftest import METHODS
 from test_replay import PROMPTS, build, draw
 
 import eval as evaluation
@@ -28,8 +28,7 @@ def think(method, **changes):
         rollout = script.rollout
         patch.setattr(script, "rollout", lambda *args: batches.append(rollout(*args)) or batches[0])
         records = evaluation.decode_thoughts(
-            script, policy, policy.tokenizer if hasattr(policy, "tokenizer") else None, problems,
-            cfg, torch.Generator().manual_seed(0))
+            script, policy, policy.tokenizer, problems, cfg, torch.Generator().manual_seed(0))
     return script, policy, cfg, batches[0], records
 
 

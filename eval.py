@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
+    answers_equal, autocast, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
     extract_answer, fail, fingerprint, grade, load_method, load_model, load_problems, lock_file,
     make_rng, mean, model_folder, run_program, select_rows, setup_distributed, stop_agreed,
     summarise, weights_fingerprint)
@@ -637,13 +637,13 @@ def decode_thoughts(script, policy, tokenizer, problems, cfg, rng):
             single = select_rows(batch, [row])
             record["index"] = start + row // cfg.num_samples
             record["sample"] = row % cfg.num_samples
-            record["positions"] = read_positions(script, policy, tokenizer, single, cfg)
+            with torch.no_grad(), autocast(policy.lm):  # as the rollout computed
+                record["positions"] = read_positions(script, policy, tokenizer, single, cfg)
             mark_answer(record, cfg.answer_marker)
         found += records
     return found
 
 
-@torch.no_grad()
 def read_positions(script, policy, tokenizer, batch, cfg):
     """Batch of one completion -> for each position {"token", "latent", "fed", "numbers"}.
 
@@ -704,7 +704,7 @@ def token_text(token):
 def verdict(record):
     """What came of a completion, in a line."""
     answer = record["extracted"]
-    words = "no answer" if answer is None else f"answer {printable(answer)}"
+    words = "no answer" if answer is None else f"answer {printable(answer)[:40]}"
     if record["gold"]:
         golds = [record["gold"]] if isinstance(record["gold"], str) else record["gold"]
         right = "right" if record["correct"] else "wrong"
@@ -722,8 +722,9 @@ def paint(text, colour):
 LATENT, MARKER, RIGHT, WRONG = "36", "1;35", "32", "31"  # ANSI colours
 
 
-def print_thought(record, metric):
+def print_thought(record, script):
     """The table of a completion: a line for each position, at most 80 columns wide."""
+    metric = next(iter(script.METHOD_METRICS), "")  # a fork may have none
     colour = RIGHT if record["correct"] else WRONG
     print(paint(verdict(record), colour if record["gold"] else "0"))
     print(f"{'':4}  {'token':8} {'entropy':>7} {'logprob':>7} {metric:>12}  fed")
@@ -899,9 +900,10 @@ def show(argv):
     """eval.py show: print, and write with --out, what models think -> {model: records}."""
     args = parse_args(argv, "show")
     file = Path(args.out)
-    if args.out and file.suffix not in (".html", ".json"):
-        fail(f"--out {file}: must end in .html or .json")
-    check_writable(f"--out {file}", file.parent)
+    if args.out:
+        if file.suffix not in (".html", ".json"):
+            fail(f"--out {file}: must end in .html or .json")
+        check_writable(f"--out {file}", file.parent)
     if file.is_file() and MADE_BY not in file.read_text(encoding="utf-8", errors="replace"):
         fail(f"--out {file}: exists and was not made by eval.py show; name another one")
     if args.question and args.data:
@@ -924,7 +926,7 @@ def show(argv):
                 record["data"] = data
                 where = f"{name} ({mode})  problem {record['index']}  sample {record['sample']}"
                 print(f"\n{paint(printable(where), '1')}\n{printable(record['question'])}")
-                print_thought(record, script.METHOD_METRICS[0])
+                print_thought(record, script)
             shown[name] += records
         print()
         print_means(name, shown[name])
@@ -932,6 +934,7 @@ def show(argv):
         text = json.dumps({"made_by": MADE_BY, **shown})
         if file.suffix == ".html":
             text = write_page(shown)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         print(file)
     return shown
@@ -975,7 +978,7 @@ def answer(script, policy, tokenizer, question, cfg, with_table):
         script.next_input = step
     print()
     if with_table:
-        print_thought(record, script.METHOD_METRICS[0])
+        print_thought(record, script)
     else:
         print(verdict(record))
     return record

@@ -95,7 +95,9 @@ def test_a_fork_without_describe_shows_tokens_and_numbers(monkeypatch):
     import lepo
 
     monkeypatch.delattr(lepo, "describe")
+    monkeypatch.setattr(lepo, "METHOD_METRICS", ())
     records = think("lepo")[-1]
+    evaluation.print_thought(records[0], lepo)
     latents = [p for record in records for p in record["positions"] if p["latent"]]
     assert latents and not any(p["fed"] for p in latents)
     assert all({"entropy", "log-prob", "mixture_size"} <= p["numbers"].keys() for p in latents)
@@ -183,7 +185,7 @@ def test_the_table_fits_into_80_columns_and_steers_no_terminal(capsys, monkeypat
     record = thought([*HOSTILE, "a very long token indeed"] * 120)
     for position in record["positions"]:
         position["fed"] = [("a very long token", 0.9999), ("\x1b[2J", 0.5), ("b", 0.25)]
-    evaluation.print_thought(record, "gate_a")
+    evaluation.print_thought(record, SimpleNamespace(METHOD_METRICS=("gate_a", "other")))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1200 and max(map(len, lines[1:])) <= 80
     assert not any(c in "".join(lines) for c in "\x1b\x07\u202e")

@@ -89,6 +89,12 @@ def test_the_weights_are_those_of_what_the_rollout_fed(thoughts):
             mixed = (weights[..., None] * policy.table.weight[ids]).sum(2)
             wanted = policy.completion_embeds(batch)
     torch.testing.assert_close(mixed[latent], wanted[latent], rtol=1e-4, atol=1e-4)
+    for row, t in latent.nonzero().tolist():
+        weight, place = weights[row, t].max(0)
+        heaviest = place if ids is None else ids[row, t, place]
+        shown, share = records[row]["positions"][t]["fed"][0]
+        assert shown == policy.tokenizer.decode([heaviest])
+        assert share == pytest.approx(weight.item(), abs=1e-3)
 
 
 def test_a_fork_without_describe_shows_tokens_and_numbers(monkeypatch):

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
+    answers_equal, autocast, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
     extract_answer, fail, fingerprint, grade, load_method, load_model, load_problems, lock_file,
     make_rng, mean, model_folder, run_program, select_rows, setup_distributed, stop_agreed,
     summarise, weights_fingerprint)
@@ -503,8 +503,8 @@ def name_curves(labels):
     return [model for model, _, _ in pairs] if alike and pairs[0][0] else labels
 
 
-def name_coinciding(axes, ends):
-    """Write the names beside the last points (x, y, name) that lie on top of each other."""
+def name_coinciding(axes, ends, are_points):
+    """Write the names beside last points (x, y, name) that lie on top of each other."""
     places = []
     for x, y, name in ends:
         place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
@@ -512,14 +512,16 @@ def name_coinciding(axes, ends):
     named = set()
     for place, name in places:
         near = [other for at, other in places if abs(at - place).max() < 0.02]
-        if len(near) > 1 and not named & set(near):
-            named |= set(near)
-            is_high = place[1] > 0.5
-            axes.annotate(
-                "\n".join(near), place, xycoords="axes fraction", fontsize=8,
-                xytext=(0, -9 if is_high else 9), textcoords="offset points",
-                ha="right" if place[0] > 0.5 else "left", va="top" if is_high else "bottom",
-                bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
+        if len(near) == 1 or named & set(near):
+            continue
+        named |= set(near)
+        text = ", ".join(near)
+        if len(text) > 24 and not are_points:
+            text = "\n".join(near)
+        on_left = are_points and place[0] > 0.5  # a curve ends at the right: beside the axes
+        axes.annotate(
+            text, place, xycoords="axes fraction", fontsize=9, textcoords="offset points",
+            xytext=(-7 if on_left else 7, 0), va="center", ha="right" if on_left else "left")
 
 
 def draw_curves(y, runs, file, x=""):
@@ -565,7 +567,7 @@ def draw_curves(y, runs, file, x=""):
         axes.set_xticks(ticks, ticks)
     elif not x:
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 0.5
-    name_coinciding(axes, ends)
+    name_coinciding(axes, ends, are_points=bool(x))
     axes.tick_params(labelsize=11)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
@@ -635,13 +637,13 @@ def decode_thoughts(script, policy, tokenizer, problems, cfg, rng):
             single = select_rows(batch, [row])
             record["index"] = start + row // cfg.num_samples
             record["sample"] = row % cfg.num_samples
-            record["positions"] = read_positions(script, policy, tokenizer, single, cfg)
+            with torch.no_grad(), autocast(policy.lm):  # as the rollout computed
+                record["positions"] = read_positions(script, policy, tokenizer, single, cfg)
             mark_answer(record, cfg.answer_marker)
         found += records
     return found
 
 
-@torch.no_grad()
 def read_positions(script, policy, tokenizer, batch, cfg):
     """Batch of one completion -> for each position {"token", "latent", "fed", "numbers"}.
 
@@ -702,7 +704,7 @@ def token_text(token):
 def verdict(record):
     """What came of a completion, in a line."""
     answer = record["extracted"]
-    words = "no answer" if answer is None else f"answer {printable(answer)}"
+    words = "no answer" if answer is None else f"answer {printable(answer)[:40]}"
     if record["gold"]:
         golds = [record["gold"]] if isinstance(record["gold"], str) else record["gold"]
         right = "right" if record["correct"] else "wrong"
@@ -720,8 +722,9 @@ def paint(text, colour):
 LATENT, MARKER, RIGHT, WRONG = "36", "1;35", "32", "31"  # ANSI colours
 
 
-def print_thought(record, metric):
+def print_thought(record, script):
     """The table of a completion: a line for each position, at most 80 columns wide."""
+    metric = next(iter(script.METHOD_METRICS), "")  # a fork may have none
     colour = RIGHT if record["correct"] else WRONG
     print(paint(verdict(record), colour if record["gold"] else "0"))
     print(f"{'':4}  {'token':8} {'entropy':>7} {'logprob':>7} {metric:>12}  fed")
@@ -746,24 +749,20 @@ def print_thought(record, metric):
 
 
 def print_means(name, records):
-    """One line over all positions: how many are latent, and the means of what the table shows."""
+    """One line: how many of all positions are latent, and the means of what the table shows."""
     positions = [position for record in records for position in record["positions"]]
     latents = [position for position in positions if position["latent"]]
     words = [f"{len(latents)} of {len(positions)} positions are latent"]
-    heaviest = []
-    for place in range(NUM_SHOWN):
-        weights = [p["fed"][place][1] for p in latents if len(p["fed"]) > place]
-        if weights:
-            heaviest.append(f"{sum(weights) / len(latents):.3f}")
-    if heaviest:
-        words.append(f"weights {' '.join(heaviest)}")
-    for title, some in (("token", [p for p in positions if not p["latent"]]), ("latent", latents)):
-        found = {}
-        for position in some:
-            for key, value in position["numbers"].items():
-                found.setdefault(key, []).append(value)
-        for key, values in found.items():
-            words.append(f"{title} {key} {sum(values) / len(values):.3f}")
+    values = {}
+    for position in positions:
+        kind = "latent" if position["latent"] else "token"
+        for key, value in position["numbers"].items():
+            values.setdefault(f"{kind} {key}", []).append(value)
+        for place, (_, weight) in enumerate(position["fed"], 1):
+            values.setdefault(f"weight {place}", []).append(weight)
+    for key, found in values.items():
+        count = len(latents) if "weight" in key else len(found)  # weights that are 0 are left out
+        words.append(f"{key} {sum(found) / count:.3f}")
     print(f"means of {printable(name)}: {', '.join(words)}")
 
 
@@ -805,7 +804,7 @@ p { margin: .7em 0 .25em; color: var(--grey); overflow-wrap: anywhere }
 .box:hover, .box:focus { outline: 3px solid var(--ink); outline-offset: -1px }
 .bars { display: flex; flex-direction: column-reverse; height: 4.4em; min-width: 2em;
   background: var(--paper) }
-.bars b { overflow: hidden; background: var(--bar3); text-align: center; padding: 0 .2em;
+.bars b { display: grid; place-content: center; overflow: hidden; background: var(--bar3);
   font: 11px/1.1 ui-monospace, monospace; white-space: pre; max-width: 13em;
   box-shadow: inset 0 1px var(--paper) }
 .bars b:nth-child(1) { background: var(--bar) }
@@ -827,7 +826,9 @@ p { margin: .7em 0 .25em; color: var(--grey); overflow-wrap: anywhere }
 </head>
 <body>
 <h1>Thoughts</h1>
-<div class="row key">$key
+<div class="row key"><div class="box" style="--e:0">0</div>
+<div class="box" style="--e:.28">0.5</div><div class="box" style="--e:.44">1</div>
+<div class="box" style="--e:.61">2</div>
 <div class="box latent" style="--e:0"><div class="token">latent step</div></div>
 <div class="box marker" style="--e:0"><div class="token">answer marker</div></div></div>
 <p>The shade of a box is the entropy of its step, in nats. Bars are the weights of what a latent
@@ -859,10 +860,7 @@ def write_page(shown):
             parts.append('<div class="row">')
             parts += [write_box(t, position) for t, position in enumerate(record["positions"])]
             parts.append("</div>")
-    key = []
-    for entropy in (0, 0.5, 1, 2):
-        key.append(f'<div class="box" style="--e:{shade(entropy)}">{entropy}</div>')
-    return PAGE.substitute(key="\n".join(key), body="\n".join(parts))
+    return PAGE.substitute(body="\n".join(parts))
 
 
 def as_html(text):
@@ -902,9 +900,10 @@ def show(argv):
     """eval.py show: print, and write with --out, what models think -> {model: records}."""
     args = parse_args(argv, "show")
     file = Path(args.out)
-    if args.out and file.suffix not in (".html", ".json"):
-        fail(f"--out {file}: must end in .html or .json")
-    check_writable(f"--out {file}", file.parent)
+    if args.out:
+        if file.suffix not in (".html", ".json"):
+            fail(f"--out {file}: must end in .html or .json")
+        check_writable(f"--out {file}", file.parent)
     if file.is_file() and MADE_BY not in file.read_text(encoding="utf-8", errors="replace"):
         fail(f"--out {file}: exists and was not made by eval.py show; name another one")
     if args.question and args.data:
@@ -927,7 +926,7 @@ def show(argv):
                 record["data"] = data
                 where = f"{name} ({mode})  problem {record['index']}  sample {record['sample']}"
                 print(f"\n{paint(printable(where), '1')}\n{printable(record['question'])}")
-                print_thought(record, script.METHOD_METRICS[0])
+                print_thought(record, script)
             shown[name] += records
         print()
         print_means(name, shown[name])
@@ -935,6 +934,7 @@ def show(argv):
         text = json.dumps({"made_by": MADE_BY, **shown})
         if file.suffix == ".html":
             text = write_page(shown)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
         print(file)
     return shown
@@ -978,7 +978,7 @@ def answer(script, policy, tokenizer, question, cfg, with_table):
         script.next_input = step
     print()
     if with_table:
-        print_thought(record, script.METHOD_METRICS[0])
+        print_thought(record, script)
     else:
         print(verdict(record))
     return record

@@ -79,35 +79,39 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = ("direction: cosine of the mean\nwith the true gradient",
-              "size: |mean| / |true gradient|", "signal / noise of one sample\n(log scale)")
-    styles = {"soft": ("#0072B2", "o", "soft (LEPO)"), "token": ("#E69F00", "s", "token"),
-              "concrete": ("#009E73", "^", "concrete × n"),
-              "gumbel": ("#CC79A7", "v", "gumbel × n")}
-    figure, panels = plt.subplots(len(REWARDS), 3, figsize=(10.5, 8.2), sharex=True)
-    for row, (reward, text) in zip(panels, REWARDS.items()):
-        for column, panel in enumerate(row):
-            for kind, (color, marker, label) in styles.items():
+    titles = ("cosine of the mean\nwith the true gradient", "|mean| / |true gradient|",
+              "signal / noise\nof one sample (log)")
+    # concrete and gumbel coincide in two columns: a dashed line with open markers over a solid one
+    styles = {"soft": dict(color="#0072B2", marker="o", label="soft (LEPO)"),
+              "token": dict(color="#D55E00", marker="s", label="token"),
+              "concrete": dict(color="#009E73", marker="^", ms=9, label="concrete × n"),
+              "gumbel": dict(color="#000000", marker="v", ms=5, ls="--", mfc="white",
+                             label="gumbel × n")}
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 12})
+    figure = plt.figure(figsize=(9, 9), layout="constrained")
+    parts = figure.subfigures(len(REWARDS), 1, hspace=0.03)
+    for part, (reward, text) in zip(parts, REWARDS.items()):
+        part.suptitle(f"reward: {text}", fontsize=13, fontweight="bold")
+        for column, panel in enumerate(part.subplots(1, 3)):
+            for kind, style in styles.items():
                 values = torch.tensor([[run[reward][kind][column] for run in results[str(tau)]]
                                        for tau in TAUS])  # [taus, seeds]
-                panel.plot(TAUS, values.mean(1), color=color, marker=marker, markersize=5,
-                           label=label)
-                panel.fill_between(TAUS, values.amin(1), values.amax(1), color=color, alpha=0.15,
-                                   linewidth=0)
-            panel.grid(alpha=0.3)
-            panel.set_title(titles[column] if reward == "mlp" else "", fontsize=10)
-            if column == 0:
-                panel.set_ylabel(text, fontsize=9)
+                panel.plot(TAUS, values.mean(1), lw=2, **style)
+                panel.fill_between(TAUS, values.amin(1), values.amax(1), color=style["color"],
+                                   alpha=0.15, linewidth=0)
+            panel.grid(color="0.9")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_title(titles[column] if reward == "mlp" else "")
+            panel.set_xticks((0.1, 0.5, 1.0))
+            panel.set_xlabel("tau" if part is parts[-1] else "")
             if column == 2:
                 panel.set_yscale("log")
+                panel.set_ylim(6e-4, 0.4)
             else:
-                panel.set_ylim(*((0.9, 1.02) if column == 0 else (-0.05, 1.15)))
-    for panel in panels[-1]:
-        panel.set_xlabel("tau")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(f"{path}.png", dpi=150)
+                panel.set_ylim(*((0.965, 1.003) if column == 0 else (0, 1.1)))
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False)
+    figure.savefig(f"{path}.png", dpi=110)
 
 
 def main():

@@ -252,4 +252,4 @@ def test_curves_that_end_at_the_same_place_are_named_there(tmp_path, figures):
     values = {"a": [0, 0.9], "b": [0.5, 0.901], "c": [0.7, 0.5], "d": [1, 0.1], "e": [0, 0.1]}
     runs = [{"label": name, "seed": 0, "steps": [0, 20], "values": v} for name, v in values.items()]
     evaluation.draw_curves("accuracy", runs, tmp_path / "a.png")
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["a\nb", "d\ne"]
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["a, b", "d, e"]

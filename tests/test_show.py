@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, save_folder
+from conftest import METHODS
 from test_replay import PROMPTS, build, draw
 
 import eval as evaluation
@@ -28,8 +28,7 @@ def think(method, **changes):
         rollout = script.rollout
         patch.setattr(script, "rollout", lambda *args: batches.append(rollout(*args)) or batches[0])
         records = evaluation.decode_thoughts(
-            script, policy, policy.tokenizer if hasattr(policy, "tokenizer") else None, problems,
-            cfg, torch.Generator().manual_seed(0))
+            script, policy, policy.tokenizer, problems, cfg, torch.Generator().manual_seed(0))
     return script, policy, cfg, batches[0], records
 
 
@@ -90,13 +89,21 @@ def test_the_weights_are_those_of_what_the_rollout_fed(thoughts):
             mixed = (weights[..., None] * policy.table.weight[ids]).sum(2)
             wanted = policy.completion_embeds(batch)
     torch.testing.assert_close(mixed[latent], wanted[latent], rtol=1e-4, atol=1e-4)
+    for row, t in latent.nonzero().tolist():
+        weight, place = weights[row, t].max(0)
+        heaviest = place if ids is None else ids[row, t, place]
+        shown, share = records[row]["positions"][t]["fed"][0]
+        assert shown == policy.tokenizer.decode([heaviest])
+        assert share == pytest.approx(weight.item(), abs=1e-3)
 
 
 def test_a_fork_without_describe_shows_tokens_and_numbers(monkeypatch):
     import lepo
 
     monkeypatch.delattr(lepo, "describe")
+    monkeypatch.setattr(lepo, "METHOD_METRICS", ())
     records = think("lepo")[-1]
+    evaluation.print_thought(records[0], lepo)
     latents = [p for record in records for p in record["positions"] if p["latent"]]
     assert latents and not any(p["fed"] for p in latents)
     assert all({"entropy", "log-prob", "mixture_size"} <= p["numbers"].keys() for p in latents)
@@ -184,7 +191,7 @@ def test_the_table_fits_into_80_columns_and_steers_no_terminal(capsys, monkeypat
     record = thought([*HOSTILE, "a very long token indeed"] * 120)
     for position in record["positions"]:
         position["fed"] = [("a very long token", 0.9999), ("\x1b[2J", 0.5), ("b", 0.25)]
-    evaluation.print_thought(record, "gate_a")
+    evaluation.print_thought(record, SimpleNamespace(METHOD_METRICS=("gate_a", "other")))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1200 and max(map(len, lines[1:])) <= 80
     assert not any(c in "".join(lines) for c in "\x1b\x07\u202e")

@@ -6,7 +6,8 @@ from conftest import ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = {"mine.py": "hrpo.py"}  # files that a reader makes, and what they are copies of
+EXAMPLES = {"mine.py": "hrpo.py", "dr_latent_grpo.py": "latent_grpo.py",
+            "budget_hyrea.py": "hyrea.py", "gated_lepo.py": "lepo.py"}  # files that a reader makes, and what they are copies of
 
 
 def read(path):

@@ -6,8 +6,9 @@ from conftest import ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+# Files that a reader makes, and what they are copies of.
 EXAMPLES = {"mine.py": "hrpo.py", "dr_latent_grpo.py": "latent_grpo.py",
-            "budget_hyrea.py": "hyrea.py", "gated_lepo.py": "lepo.py"}  # files that a reader makes, and what they are copies of
+            "budget_hyrea.py": "hyrea.py", "gated_lepo.py": "lepo.py"}
 
 
 def read(path):

@@ -8,7 +8,7 @@ Idea     A chain of thought has steps that the model can foresee (low entropy) a
          the input is the last hidden state, no token. When to switch is learned, by RL too.
 GRPO +   1. the hidden state that decided a position is the next input          next_input
          2. updates recompute latents with gradient, round by round             Policy.hidden
-         3. latents and the forced <end-latent> are no choices: not in the loss Policy.score
+         3. latents and a forced <end-latent> are not sampled: not in the loss  Policy.score
          4. reward = accuracy + format + use of latents                         reward_parts
 Start    cold start, section 2b: the k least uncertain steps of written chains  replace_steps
          are replaced, k and the data grow by the round                         round_of
@@ -96,7 +96,7 @@ class Config:
     latent_reward: str = "any"  # 1 for any switch, or frac: share of S switches [ours]
     # the cold start
     sft_steps: int = 800  # updates, over all rounds [ours]
-    sft_rounds: int = 10  # each replaces one more step, up to S; 0 = S + 1 rounds [alg. 1]
+    sft_rounds: int = 10  # round n replaces n steps, at most S; 0 = S + 1 rounds [alg. 1]
     sft_growth: float = 0.0  # data a round adds, paper 0.1 [alg. 1]; 0 = the last round has all
     sft_batch: int = 64  # demonstrations in an update, over all ranks [sec. 4.1: 32]
     sft_lr: float = 2e-3  # learning rate [sec. 4.1: 4e-7], cosine after 5 % warm-up [ours]
@@ -210,7 +210,7 @@ class HeadWithout:
     It takes the model's place in completion_logprobs, which asks a model only for what is below.
     """
 
-    head_scale, softcap = 1.0, None  # the model's own are in lm_logits already
+    head_scale, softcap = 1.0, None  # lm_logits has applied the model's own
 
     def __init__(self, lm, ids):
         self.lm = lm
@@ -229,7 +229,8 @@ class HeadWithout:
 class RoundCache(DynamicCache):
     """Keys and values of the rounds before, and in `grown` with those of one round as well.
 
-    Nothing is changed in place: checkpointed layers run a round again in backward, on its past.
+    Nothing is changed in place. Checkpointed layers repeat a round in backward, and they must find
+    the cache as it was before that round.
     """
 
     def __init__(self, past=None):
@@ -281,7 +282,8 @@ class Policy(nn.Module):
             module.weight.requires_grad_(cfg.train_embeddings)
             if cfg.max_replaced_steps:
                 self.train_markers(module)
-        self.ranker = []  # see sft_step; a list, so that neither DDP nor a checkpoint looks into it
+        # [] or [the model after round 0], see sft_step. A list hides it from DDP and checkpoints.
+        self.ranker = []
         if cfg.gradient_checkpointing and cfg.max_replaced_steps:
             for module in lm.modules():  # transformers would take the cache away from its layers
                 module._can_checkpoint_with_cache = True
@@ -329,7 +331,8 @@ class Policy(nn.Module):
         neither: it is spared the copies, and the published numbers stay as they are.
         """
         lm = lm or self.lm
-        table, latent = lm.get_input_embeddings(), batch["latent_mask"] & batch["completion_mask"]
+        table = lm.get_input_embeddings()
+        latent = batch["latent_mask"] & batch["completion_mask"]
         if "latent_embeds" in batch:  # --replay_latents: constants, one pass
             tokens = table(batch["completion_ids"])
             embeds = torch.where(latent[..., None], batch["latent_embeds"].to(tokens.dtype), tokens)
@@ -338,27 +341,30 @@ class Policy(nn.Module):
         # the last position of a completion decides nothing: not fed. S = P + T - 1 slots
         inputs = table(torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :-1]], 1))
         exists = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :-1]], 1)  # [B, S]
-        places = (exists.long().cumsum(1) - 1).clamp(min=0)
-        turn = F.pad(latent[:, :-1], (width, 0)).cumsum(1)  # [B, S], the round of each slot
-        cache, seen = RoundCache() if turn.any() else None, exists[:, :0]
-        # seen: which columns fed so far are slots; a single round needs no cache
+        positions = (exists.long().cumsum(1) - 1).clamp(min=0)
+        round_of_slot = F.pad(latent[:, :-1], (width, 0)).cumsum(1)  # [B, S]
         columns = torch.arange(exists.shape[1], device=exists.device)
-        pieces, where, last = [], torch.zeros_like(places), None
-        fed = 0  # columns fed in the rounds before; where: that of each slot among all fed
+        cache = RoundCache() if round_of_slot.any() else None  # a single round needs none
+        num_fed = 0  # columns fed in the rounds before
+        seen = exists[:, :0]  # which of these are slots, in each row
+        column_of_slot = torch.zeros_like(positions)  # among all that is fed
+        pieces = []  # hidden states of the rounds
         if lm.share_prompts:  # each prompt once, for all its rows; the rounds are what follows it
             if cache is None:
                 return completion_hidden(lm, batch, table(batch["completion_ids"]))
             rows, prompt_of = first_of_each(batch["prompt_ids"], batch["prompt_mask"])
             hidden = lm_hidden(lm, inputs[rows, :width], exists[rows, :width], cache=cache)
             pieces = [hidden[prompt_of, -1:]]  # it decides the first position
-            fed = 1
+            num_fed = 1
             grown = cache.grown.values()
             cache = RoundCache([(keys[prompt_of], values[prompt_of]) for keys, values in grown])
             seen = exists[:, :width]
             exists = exists & (columns >= width)
-        for number in range(int(turn.max()) + 1):
-            now = exists & (turn == number)  # [B, S], one run of slots in a row, or none
-            count, first = now.sum(1, keepdim=True), now.int().argmax(1, keepdim=True)  # [B, 1]
+        for number in range(int(round_of_slot.max()) + 1):
+            # In each row one run of slots, or none.
+            is_fed = exists & (round_of_slot == number)  # [B, S]
+            first = is_fed.int().argmax(1, keepdim=True)  # [B, 1]
+            count = is_fed.sum(1, keepdim=True)
             offsets = columns[: int(count.max())]
             slots = (first + offsets).clamp(max=len(columns) - 1)  # [B, s]
             embeds = pick(inputs, slots)  # [B, s, H]
@@ -366,14 +372,14 @@ class Policy(nn.Module):
                 seen = close_gaps(cache, seen)
             if number > 0:  # the first slot is latent: its input ends the row's round before
                 embeds = torch.cat([self.latent_input(last, lm), embeds[:, 1:]], 1)
-            where = torch.where(now, fed + columns - first, where)
-            fed += len(offsets)
+            column_of_slot = torch.where(is_fed, num_fed + columns - first, column_of_slot)
+            num_fed += len(offsets)
             seen = torch.cat([seen, offsets < count], 1)
-            pieces.append(lm_hidden(lm, embeds, seen, places.gather(1, slots), cache))
+            pieces.append(lm_hidden(lm, embeds, seen, positions.gather(1, slots), cache))
             last = pick(pieces[-1], (count - 1).clamp(min=0))  # [B, 1, H]
             if cache is not None:
                 cache = RoundCache(cache.grown.values())
-        return pick(torch.cat(pieces, 1), where[:, width - 1 :])
+        return pick(torch.cat(pieces, 1), column_of_slot[:, width - 1 :])
 
     def opened(self, ids):
         """ids [B, T] -> [B, T], the column of the last <start-latent> up to each; 0 if none."""
@@ -381,7 +387,7 @@ class Policy(nn.Module):
         return torch.where(ids == self.start_id, columns, 0).cummax(1).values
 
     def is_slot(self, ids):
-        """ids [B, T] -> [B, T], may <latent> stand here? Behind the last slot an end is forced."""
+        """ids [B, T] -> [B, T], may <latent> stand here? Only so far behind <start-latent>."""
         columns = torch.arange(ids.shape[1], device=ids.device)
         return columns - self.opened(ids) <= span_limit(self.cfg)
 
@@ -401,10 +407,12 @@ class Policy(nn.Module):
         in_span = self.is_slot(ids) & torch.isin(ids, self.banned)
         text_mask = batch["loss_mask"] & ~in_span
         span_mask = batch["loss_mask"] & in_span
+        text_head = HeadWithout(lm, banned_in_text)
+        span_head = HeadWithout(lm, self.banned_in_span)
         text_logprobs, text_entropy = completion_logprobs(
-            HeadWithout(lm, banned_in_text), hidden, ids, text_mask, temperature)
+            text_head, hidden, ids, text_mask, temperature)
         span_logprobs, span_entropy = completion_logprobs(
-            HeadWithout(lm, self.banned_in_span), hidden, ids, span_mask, temperature)
+            span_head, hidden, ids, span_mask, temperature)
         return text_logprobs + span_logprobs, text_entropy + span_entropy
 
     def forward(self, batch, labels=False):
@@ -501,7 +509,8 @@ def policy_loss(outputs, batch, cfg):
 
     ratio = exp(logprobs - old_logprobs); with one update per rollout the old ones are today's. The
     likelihood of a completion is the product over its sampled tokens, given latents that follow
-    from the weights: leaving latents out is exact, as long as they are recomputed with gradient.
+    from the weights. So leaving latents out is exact, if they are recomputed with gradient and the
+    samples are not cut by top-k or top-p. paper [eq. 6]: no division by the length; here a mean.
     """
     # paper: the ratio in eq. 6 is that of whole outputs, with no KL term; here each token has its
     # own, and --kl_coef is 0 unless asked for.
@@ -573,6 +582,7 @@ ATOM = (r"(?:[$€£]?(?:\d+(?:[.,]\d+)*|\.\d+)[%!]?"  # 3, 1,000, .5, $2.50, 20
         r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[A-Za-z]\w*(?=[ \t]*=))")  # x, and total in total = 5
 UNIT = r"(?:[ ][A-Za-z]+(?=[ \t]*[-+*/=.,;\n]|$))?"  # apples in 3 apples + 4
 OPERATOR = r"(?:[-+*/^_×÷·−]|\\(?:times|cdot|div|pm)|x(?=[ ]))"
+# 3 apples + 4 apples
 SIDE = rf"[-+−]?{ATOM}++{UNIT}(?:[ \t]*{OPERATOR}[ \t]*[-+−]?{ATOM}++{UNIT})*+"
 MATHS = re.compile(  # a match without `=` is no equation: it keeps terms from being read again
     r"(?<![ \t])[ \t]*+(?:\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)|\$\$.{0,2000}?\$\$"
@@ -580,7 +590,7 @@ MATHS = re.compile(  # a match without `=` is no equation: it keeps terms from b
     r"|\$(?=\S)[^$\n]*?=[^$\n]*(?<=\S)\$(?!\d)"  # a $ before a digit is money
     rf"|(?<![\w.])(?:{SIDE}(?:[ \t]*&?=[ \t]*{SIDE})++|{SIDE}))[.,;:!?)]*(?:\s*\n)?", re.S)
 ROW = re.compile(r"(?<=\\\\)(?=(?:(?!\\\\).)*=)", re.S)  # before a row of align with `=`
-SENTENCE = re.compile(
+SENTENCE = re.compile(  # up to a newline or full stop, but over those of "e.g." and "No. 3"
     r"(?:\b(?:e\.g|i\.e|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|approx|(?:No|Nr|Fig|Eq|Sec)(?=\.\s*\d))\."
     r"|[^\S\n]++|.)*?(?:\.?\s*\n|\.(?=\s|$)|$)", re.S)
 

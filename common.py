@@ -1592,24 +1592,21 @@ def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
     recompute = torch.is_grad_enabled() and len(states) > size
     head = lm.get_output_embeddings()
     is_frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
+    score = gather_logprobs
+    if recompute and is_frozen and ids.dim() == 2:
+        score = frozen_logprobs
+    elif recompute:
+        score = functools.partial(checkpoint, gather_logprobs, use_reentrant=False)
     found, entropies = [], []
-    total = max(1, len(states))
-    for start in range(0, total, size):
+    for start in range(0, max(1, len(states)), size):
         rows = slice(start, start + size)
-        args = (lm, states[rows], wanted[rows], temperature)
-        if recompute and is_frozen and ids.dim() == 2:
-            part = frozen_logprobs(*args)
-        elif recompute:
-            part = checkpoint(gather_logprobs, *args, use_reentrant=False)
-        else:
-            part = gather_logprobs(*args)
+        part = score(lm, states[rows], wanted[rows], temperature)
         found.append(part[0])
         entropies.append(part[1])
     logprobs = torch.zeros(ids.shape, device=ids.device)
     entropy = torch.zeros(mask.shape, device=ids.device)
-    where = mask if ids.dim() == 2 else mask[..., None].expand(ids.shape)
-    logprobs = logprobs.masked_scatter(where, torch.cat(found))
-    entropy = entropy.masked_scatter(mask, torch.cat(entropies))
+    logprobs[mask] = torch.cat(found)
+    entropy[mask] = torch.cat(entropies)
     return logprobs, entropy
 
 
@@ -1741,14 +1738,15 @@ def micro_batches(batch, rows, micro_batch, max_tokens=0, share_prompts=False):
         total = lengths[row] + prompts[row]
         longest[same[row]] = max(total, longest.get(same[row], 0))
     pieces = [[]]
-    order = sorted(rows, key=lambda row: (-longest[same[row]], same[row]))
-    for row in order:
-        grown = [*pieces[-1], row]
-        width = max(prompts[r] for r in grown)
-        width += max(lengths[r] for r in grown)
-        too_wide = 0 < max_tokens < len(grown) * width
-        if pieces[-1] and (too_wide or len(grown) > micro_batch):
+    prompt, length = 0, 0  # the widest of the piece
+    for row in sorted(rows, key=lambda row: (-longest[same[row]], same[row])):
+        prompt = max(prompt, prompts[row])
+        length = max(length, lengths[row])
+        size = len(pieces[-1]) + 1
+        if size > 1 and (size > micro_batch or 0 < max_tokens < size * (prompt + length)):
             pieces.append([])
+            prompt = prompts[row]
+            length = lengths[row]
         pieces[-1].append(row)
     return pieces
 

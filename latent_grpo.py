@@ -19,6 +19,7 @@ Run      python latent_grpo.py                      # both stages, tiny model, t
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -226,9 +227,9 @@ def one_sided_noise(gumbel):
     return gumbel.clamp(-LOW, HIGH) + LOW
 
 
-def draw_noise(logits, cfg, rng):
-    """Noise [b, V] of a rollout step: clipped, shifted (--one_sided), then scaled [code]."""
-    gumbel = gumbel_like(logits, rng)
+def draw_noise(candidates, cfg, rng):
+    """Noise [b, C] of a rollout step: clipped, shifted (--one_sided), then scaled [code]."""
+    gumbel = gumbel_like(candidates, rng)
     if cfg.one_sided:
         noise = one_sided_noise(gumbel)
     else:
@@ -257,8 +258,9 @@ def latent_step(logits, noise, top_k, top_p, renormalise=False):
     """The mixture of a latent step: logits [b, V], noise [b, V] -> ids, scores [b, K], best first.
 
     Scores are log-probs at temperature 1, over the full vocabulary, plus noise [eq. 13]; the K best
-    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1]. renormalise:
-    the K likeliest are kept, and their log-probs are those among them (SofT-GRPO).
+    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1]. noise may be a
+    function, too, which draws it for the candidates alone. renormalise: the K likeliest are kept,
+    and their log-probs are those among them (SofT-GRPO).
     """
     logprobs = torch.log_softmax(logits, -1)
     if noise is None:
@@ -269,7 +271,10 @@ def latent_step(logits, noise, top_k, top_p, renormalise=False):
         candidates = kept.log_softmax(-1)
     else:
         candidates, candidate_ids = nucleus(logprobs, top_k, top_p)  # [b, C]
-    perturbed = candidates + noise.gather(-1, candidate_ids)
+    if callable(noise):
+        perturbed = candidates + noise(candidates)
+    else:
+        perturbed = candidates + noise.gather(-1, candidate_ids)
     scores, places = perturbed.topk(top_k, -1)
     return candidate_ids.gather(-1, places), scores
 
@@ -425,7 +430,11 @@ def think(policy, logits, sampled, t, state, cfg, rng, greedy):
 
     sampled [b]: the ids of the other rows. Greedy: no noise.
     """
-    noise = None if greedy else draw_noise(logits, cfg, rng)
+    noise = None
+    if not greedy and logits.shape[1] > 1024:  # most ids are no candidates
+        noise = functools.partial(draw_noise, cfg=cfg, rng=rng)
+    elif not greedy:
+        noise = draw_noise(logits, cfg, rng)
     topk_ids, scores = latent_step(  # [b, K] each
         logits, noise, policy.top_k, cfg.latent_top_p, cfg.renormalise)
     shown, ends = end_of_thought(logits, topk_ids, policy.marker_ids[0], cfg.latent_end)

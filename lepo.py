@@ -213,9 +213,17 @@ def latent_logprob(u, logprobs, tau, kind):
     return -(g.masked_fill(~kept, 0) + torch.exp(-g)).sum(-1) / n
 
 
+def candidate_ids(batch):
+    """Ids of the candidates, [B, T, K]; where no id is cut off none is stored: k is id k."""
+    scores = batch["topk_scores"]
+    all_ids = torch.arange(scores.shape[-1], device=scores.device)
+    return batch.get("topk_ids", all_ids.expand(scores.shape))
+
+
 def heaviest_ids(batch):
     """argmax u -> ids [B, T]: the token, or what a mixture holds most of, a sample of pi_S."""
-    return batch["topk_ids"].gather(-1, batch["topk_scores"].argmax(-1, keepdim=True))[..., 0]
+    places = batch["topk_scores"].argmax(-1, keepdim=True)
+    return candidate_ids(batch).gather(-1, places)[..., 0]
 
 
 class Policy(nn.Module):
@@ -232,6 +240,9 @@ class Policy(nn.Module):
         self.num_candidates = min(cfg.top_k or lm.num_tokens, lm.num_tokens)  # K
         if cfg.latent_steps == 0 and not cfg.until_marker:
             self.num_candidates = 1  # the sampled token is the only candidate
+        # Where every id is a candidate, candidate k is id k.
+        some_are_cut = self.num_candidates < lm.num_tokens or cfg.top_p < 1
+        self.stores_ids = some_are_cut or cfg.until_marker
         self.eos_ids = torch.tensor(lm.eos_ids, device=lm.device)
         if cfg.until_marker:
             self.marker = Marker(tokenizer, cfg.answer_marker, lm.num_tokens, lm.device)
@@ -246,7 +257,7 @@ class Policy(nn.Module):
         released code: stored embeddings; here: the same, mixed again from the stored candidates.
         """
         weights = mixture_weights(batch["topk_scores"], self.tau)  # [B, T, K]
-        return top_k_mixture(batch["topk_ids"], weights, table or self.table)
+        return top_k_mixture(candidate_ids(batch), weights, table or self.table)
 
     def hidden(self, batch):
         """The hidden states [B, T, H] that decide each completion position."""
@@ -262,7 +273,7 @@ class Policy(nn.Module):
         u = batch["topk_scores"]
         with autocast(self.lm):
             candidates, entropy = completion_logprobs(
-                self.lm, self.hidden(batch), batch["topk_ids"], batch["loss_mask"],
+                self.lm, self.hidden(batch), candidate_ids(batch), batch["loss_mask"],
                 self.temperature)  # [B, T, K], [B, T]
         tokens = latent_logprob(u, candidates, self.tau, "token")
         latents = latent_logprob(u, candidates, self.tau, self.kind)
@@ -302,14 +313,20 @@ def token_input(policy, logits, cfg, rng, greedy):
     choice = probs.argmax(-1) if greedy else sample(probs, rng)
     ids = choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
     logprobs = torch.log_softmax(logits / cfg.temperature, -1)  # [b, V]
-    padding = (0, policy.num_candidates - 1)  # one candidate, K - 1 without weight
     zero = torch.zeros_like(logprobs[:, :1])
-    return ids, policy.table(ids), {
+    record = {
         "loss_mask": torch.ones_like(ids, dtype=torch.bool),  # every step was sampled
         "latent_mask": torch.zeros_like(ids, dtype=torch.bool),
-        "topk_ids": F.pad(ids[:, None], padding),  # [b, K]
-        "topk_scores": F.pad(zero, padding, value=-math.inf),
-        "rollout_logprobs": logprobs.gather(1, ids[:, None])[:, 0]}
+        "rollout_logprobs": logprobs.gather(1, ids[:, None])[:, 0],
+    }
+    if policy.stores_ids:
+        padding = (0, policy.num_candidates - 1)  # one candidate, K - 1 without weight
+        record["topk_ids"] = F.pad(ids[:, None], padding)  # [b, K]
+        record["topk_scores"] = F.pad(zero, padding, value=-math.inf)
+    else:
+        nothing = torch.full_like(logprobs, -math.inf)
+        record["topk_scores"] = nothing.scatter(1, ids[:, None], zero)  # [b, V]
+    return ids, policy.table(ids), record
 
 
 def latent_input(policy, logits, cfg, rng, greedy):
@@ -329,13 +346,15 @@ def latent_input(policy, logits, cfg, rng, greedy):
     ids = topk_ids.gather(1, likeliest)[:, 0]
     score = latent_logprob(topk_scores, logprobs, policy.tau, policy.kind)  # [b]
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return ids, embeds, {
+    record = {
         "loss_mask": mask,
         "latent_mask": mask,
-        "topk_ids": topk_ids,
         "topk_scores": topk_scores,
         "rollout_logprobs": score,
     }
+    if policy.stores_ids:
+        record["topk_ids"] = topk_ids
+    return ids, embeds, record
 
 
 def soft_thinking_input(policy, logits, state, cfg, rng, greedy):
@@ -438,7 +457,7 @@ def measure(policy, outputs, batch, cfg):
 
 def describe(policy, outputs, batch, cfg):
     """What latent steps were fed, for eval.py show -> ids, weights [B, T, K] of the mixtures."""
-    return batch["topk_ids"], mixture_weights(batch["topk_scores"], policy.tau)
+    return candidate_ids(batch), mixture_weights(batch["topk_scores"], policy.tau)
 
 
 # === 3. rollout ===================================================================================

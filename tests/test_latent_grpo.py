@@ -1,6 +1,7 @@
 """Latent-GRPO's noise, mixtures, surrogate and its slopes against closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,3 +221,29 @@ def test_renormalised_thoughts_are_scored_as_they_were_drawn_and_know_no_other_i
     values = [policy.surrogate(kept, outputs["logprobs"], batch, "none")
               for kept in (outputs["kept"], lower)]
     torch.testing.assert_close(values[0], values[1])
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_in_a_large_vocabulary_only_candidates_draw_noise_and_the_law_is_the_same(
+        renormalise, monkeypatch):
+    cfg = script.Config(**{**script.PRESETS["tiny"], "latent_top_k": 4, "latent_top_p": 0.9,
+                           "renormalise": renormalise})
+    policy = SimpleNamespace(top_k=4, marker_ids=[0], eos_ids=torch.tensor([1]))
+    logits = (torch.randn(1, 2000, generator=make_rng("cpu", 4)) * 3).expand(4000, -1)
+    state = {"thinks": torch.ones(4000, dtype=torch.bool)}
+    widths, drawn = [], script.gumbel_like
+    monkeypatch.setattr(
+        script, "gumbel_like", lambda x, rng: widths.append(x.shape[1]) or drawn(x, rng))
+    ids = torch.zeros(4000, dtype=torch.long)
+    _, record, _ = script.think(policy, logits, ids, 0, state, cfg, make_rng("cpu", 5), False)
+    assert widths == [4 if renormalise else 1024]
+    noise = script.draw_noise(logits, cfg, make_rng("cpu", 6))
+    ids, scores = script.latent_step(logits, noise, 4, 0.9, renormalise)
+    for column in range(4):
+        found, expected = record["topk_scores"][:, column], scores[:, column]
+        assert abs(found.mean() - expected.mean()) < 4 * expected.std() * (2 / 4000) ** 0.5
+        assert found.std() == pytest.approx(expected.std().item(), rel=0.1)
+    counts = [torch.bincount(x.flatten(), minlength=2000) for x in (record["topk_ids"], ids)]
+    often = counts[1] > 400
+    assert often.sum() >= 4
+    assert ((counts[0] - counts[1])[often].abs() < 5 * (2 * counts[1][often]).sqrt()).all()

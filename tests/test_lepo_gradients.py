@@ -138,7 +138,7 @@ def test_the_whole_loss_pulls_each_logit_by_the_closed_form(kind, clip_latents, 
     loss_of(policy, cfg, batch).backward()
     logits, = kept  # [n, 29], of the positions that count
     mask, latent = batch["loss_mask"], batch["latent_mask"][batch["loss_mask"]]
-    ids, u = batch["topk_ids"][mask], batch["topk_scores"][mask]
+    ids, u = lepo.candidate_ids(batch)[mask], batch["topk_scores"][mask]
     steps = logits.detach() / 1.3
     expected = torch.where(latent[:, None], closed_form(kind, steps, ids, u, 0.4),
                            closed_form("soft", steps, ids, u, 0.4))
@@ -164,7 +164,7 @@ def test_on_policy_the_ratio_changes_no_bit_of_the_gradient(kind):
 def test_in_a_group_the_first_step_only_sees_differences_of_the_mixtures():
     policy, cfg, batch = rollout(latent_steps=3, max_completion_length=3, eos=(2,))
     assert (batch["lengths"] == 3).all()
-    ids, u = batch["topk_ids"][:, 0], batch["topk_scores"][:, 0]
+    ids, u = lepo.candidate_ids(batch)[:, 0], batch["topk_scores"][:, 0]
     z = torch.zeros(16, 29).scatter(1, ids, lepo.mixture_weights(u, cfg.latent_tau))
     A = batch["advantages"][:, :1]
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_mixing_again_trains_the_same_as_stored_embeddings_do_and_the_table_if_w
     policy, cfg, batch = rollout(train_embeddings=trained)
     mixed = policy.completion_embeds(batch)
     z = (batch["topk_scores"].double() / cfg.latent_tau).softmax(-1)
-    slow = (z[..., None] * policy.table.weight.double()[batch["topk_ids"]]).sum(2)
+    slow = (z[..., None] * policy.table.weight.double()[lepo.candidate_ids(batch)]).sum(2)
     exists = batch["completion_mask"]
     torch.testing.assert_close(mixed[exists], slow[exists].float(), rtol=1e-5, atol=1e-6)
     stored = copy.deepcopy(policy)

@@ -85,7 +85,8 @@ def test_one_hot_candidates_are_scored_exactly_as_tokens():
 def test_a_row_has_the_same_loss_alone_and_whatever_stands_behind_its_end(kind):
     policy, cfg, batch = rollout(latent_grad=kind)
     dead = ~batch["completion_mask"]
-    other = {**batch, **{n: batch[n].clone() for n in ("topk_ids", "topk_scores")}}
+    other = {**batch, "topk_ids": lepo.candidate_ids(batch).clone()}
+    other["topk_scores"] = batch["topk_scores"].clone()
     other["topk_ids"][dead], other["topk_scores"][dead] = 7, 1.5
     rows = [lepo.policy_loss(policy(b), b, cfg) * b["weights"] for b in (batch, other)]
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-7)

@@ -736,12 +736,14 @@ def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
         sums[0] += kl.item()
         sums[1] += ce.item()
     kl, ce = all_reduce(sums)
+    loss = kl + ce
 
     grad_norm = optimizer_step(optimizer, cfg, step)
     if grad_norm is None:
-        kl = ce = None  # they may be NaN, which JSON does not have
+        loss = kl = ce = None  # they may be NaN, which JSON does not have
     row = {
         "kind": "train", "step": step + 1,
+        "loss": loss,
         "kl": kl,
         "ce": ce,
         "grad_norm": grad_norm,

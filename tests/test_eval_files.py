@@ -197,7 +197,8 @@ def result(path, model, accuracy, **more):
     row = {"model": model, "data": "arithmetic", "mode": "trained", "script": "lepo", "given": {},
            "seed": 0, "n": 100, "accuracy": accuracy, "stderr": 0.04, "flexible": accuracy,
            "latent_steps": 8 * accuracy, "visible_tokens": 3.0, "total_length": 13.0,
-           "finished_length": 11.0, "switches": 1.0, "truncated_frac": 0.25, "unanswered_frac": 0.5, **more}
+           "finished_length": 11.0, "switches": 1.0, "truncated_frac": 0.25,
+           "unanswered_frac": 0.5, **more}
     path.write_text(json.dumps(row))
     return str(path)
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_lm
 from runs import differences, flags, launch, rows, train
 from test_latent_grpo_stages import (  # noqa: F401
     PROBLEM,
@@ -163,6 +163,21 @@ def test_padding_changes_neither_loss_nor_labels():
     for (weights, ids), (others, other_ids) in zip(together, single):
         assert torch.equal(ids, other_ids)
         torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gpt_neo", "mpt", "granite", "cohere"])
+def test_a_mask_of_every_position_is_the_model_s_own_and_a_masked_key_is_not_seen(kind):
+    """Also with ALiBi and with scaled embeddings; windows do not count under such a mask."""
+    lm, ids = make_lm(kind), torch.arange(24).view(2, 12)
+    table, none = lm.get_input_embeddings(), torch.zeros(0, 32)
+    seen = torch.ones(2, 12, 12, dtype=torch.bool).tril()
+    own = common.lm_hidden(lm, table(ids), torch.ones_like(ids).bool())
+    found = learned.hidden_states(lm.base_model, table, ids, none, seen)
+    torch.testing.assert_close(found, own)
+    seen[:, 5:, 3] = False
+    masked = learned.hidden_states(lm.base_model, table, ids, none, seen)
+    assert torch.equal(masked[:, :5], found[:, :5])
+    assert (masked[:, 5:] - found[:, 5:]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("number, trained", [

@@ -2229,7 +2229,7 @@ def find_resume(out_dir, resume, settings, free):
     if resume == "auto":
         folder = latest_checkpoint(out_dir)
         if folder is None:  # a supervised stage goes on by itself
-            if latest_checkpoint(out_dir / "sft") is None:
+            if not any(out_dir.glob("*/step_*")):
                 warn(f"--resume auto: no valid checkpoint in {out_dir}, starting at the beginning")
             return None, lock
     else:

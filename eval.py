@@ -49,13 +49,14 @@ MODES = {  # name: (script that decodes, None = that of the checkpoint; its Conf
     "soft_thinking": ("lepo", dict(until_marker=True, noise_scale=0.0, temperature=0.6, top_k=10,
                                    top_p=0.95)),
     "floor": ("latent_grpo", dict(floor=True)),  # an empty thought: what is known without one
+    "latent_grpo": ("latent_grpo", dict(latent=True)),  # a model that others trained to think so
 }
 NOT_SAVED = {"model", "preset", "out_dir", "seed", "device", "dtype", "num_samples", "greedy",
              "num_prompts", "minibatches"}
 ELSEWHERE = {"model": "name models before the flags", "train": "use --data", "eval_data": "use "
              "--data", "eval_limit": "use --limit", "out_dir": "use --out"}  # not flags here
-COLUMNS = ("flexible", "latent_steps", "visible_tokens", "total_length", "switches",
-           "truncated_frac", "unanswered_frac")  # of a table, after accuracy and pass@k
+COLUMNS = ("flexible", "latent_steps", "visible_tokens", "total_length", "finished_length",
+           "switches", "truncated_frac", "unanswered_frac")  # of a table, after accuracy and pass@k
 
 
 COMMANDS = {  # the first word, "" if it is a model: (what follows it, what the help says)
@@ -91,7 +92,8 @@ def parse_args(argv, command=""):
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
         "trained: as the script that trained it decodes (default); explicit: its latent steps off\n"
         "soft_thinking: mixtures until the answer marker, with lepo.py\n"
-        "floor: the marker is given at once, only the answer is written, with latent_grpo.py"))
+        "floor: the marker is given at once, only the answer is written, with latent_grpo.py\n"
+        "latent_grpo: thoughts of mixtures up to the marker, for a model of somebody else"))
     if command == "show":
         parser.add_argument("--question", default="", help="show this one, instead of --data")
         parser.add_argument("--out", default="", help="page to write (.html), or numbers (.json)")
@@ -208,6 +210,9 @@ def numbers(records, num_samples):
         answer = extract_answer(record["completion"], record["marker"], flexible=True)
         loose += answers_equal(answer, record["gold"])
     row["flexible"] = loose / len(records)
+    finished = [record for record in records if not record["truncated"]]
+    if finished:  # published lengths leave out what is cut off
+        row["finished_length"] = mean(finished, "length")
     k = 2
     while k <= num_samples:
         row[f"pass@{k}"] = sum(pass_at_k(count, num_samples, k) for count in counts) / len(counts)

@@ -11,7 +11,8 @@ GRPO +   1. the K perturbed scores have a likelihood: a ratio for each latent st
 Start    a model that can think in mixtures (Latent-SFT): supervised stage, section 2b     sft_step
 Words    A score is a log-prob plus noise. Their difference d is the margin. A thought is the latent
          steps of a completion; each of them shows the id of its best score, for the reader only.
-Differs  Labels are chunks of a written chain, not a learned encoder's: docs/latent_grpo.md.
+Differs  Labels are chunks of a written chain. --labels encoder learns them as the paper does, in
+         three rounds (latent_labels.py); docs/latent_grpo.md has what else differs.
 Run      python latent_grpo.py                      # both stages, tiny model, two CPU cores
          python latent_grpo.py --stage sft          # the start alone; then --stage rl --model RUN
          python latent_grpo.py --preset soft_grpo   # two-sided noise, no masks: the baseline
@@ -40,6 +41,7 @@ from common import (
     micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config,
     run_program, sample, save_checkpoint, select_rows, setup_distributed, stop_agreed,
     stop_requested, summarise, taught_answer, top_k_mixture, warn, weights_fingerprint)
+from latent_labels import Encoder, encoder_batch, read_labels, save_labels
 
 METHOD = Path(__file__).stem
 
@@ -98,6 +100,9 @@ class Config:
     sft_noise: float = 1.0  # factor of the Gumbel noise of labels, which are the inputs too [code]
     chunk: int = 2  # ids of the chain in a latent step; two of digits never share one [ours]
     alone: str = ""  # symbols that share a latent step with no other id, as "+ - * / =" [ours]
+    labels: str = "chunk"  # of thoughts: chunk, encoder (it learns them), or their folder [code]
+    encoder_steps: int = 200  # updates in each of the encoder's three rounds [ours]
+    encoder_lr: float = 1e-3  # learning rate there; cosine after 5 % warm-up [code]
     cot_steps: int = 0  # first updates, which learn the written chain, id by id, no noise [ours]
     sft_save_every: int = 200  # updates between checkpoints [ours]
     check_start: bool = True  # before --stage rl, measure what the start can do [ours]
@@ -133,7 +138,7 @@ class Config:
 
     def __post_init__(self):
         counts = ("update_epochs", "minibatches", "latent_top_k", "sft_steps", "sft_save_every",
-                  "chunk")
+                  "chunk", "encoder_steps")
         resolve_config(self, METHOD, counts, self.minibatches)  # fills in "auto", checks the rest
         choices = {"stage": ("sft", "rl", "all"), "ste": ("paper", "released", "none"),
                    "latent_end": ("clean", "perturbed", "either"),
@@ -157,7 +162,8 @@ class Config:
 REAL = dict(  # what all real models share [code]; supervised stage, evaluation, memory [ours]
     train="gsm8k", lr=1e-6, schedule="constant", warmup_steps=0, adam_beta2=0.999,
     weight_decay=0.01, noise_scale=1.0, alone="+ - * / =", sft_steps=2000, sft_batch=256,
-    sft_lr=2e-5, cot_steps=200, sft_save_every=500, micro_batch=8, share_prompts=True,
+    sft_lr=2e-5, encoder_steps=300, encoder_lr=2e-5, cot_steps=200, sft_save_every=500,
+    micro_batch=8, share_prompts=True,
     eval_every=100, eval_limit=512, eval_batch=64, save_every=200)
 AS_PUBLISHED = dict(  # prompt [code]
     instruction="Please reason step by step, and put your final answer within \\boxed{}.",
@@ -175,16 +181,18 @@ PRESETS = {
         renormalise=True, latent_end="perturbed", micro_batch=2, greedy=False),
 }
 PRESETS["soft_grpo_paper"] = PRESETS["paper"] | TWO_SIDED
+PRESETS["learned"] = dict(labels="encoder", latent_top_k=10)
+PRESETS["learned_paper"] = PRESETS["paper"] | PRESETS["learned"]
 # The named ones train the start with adapters and then all weights, so they are two runs.
 PRESETS["llama-3.2-1b"] = PRESETS["paper"] | AS_PUBLISHED | dict(
-    stage="rl", max_prompt_length=192)
+    stage="rl", max_prompt_length=192, encoder_steps=150, encoder_lr=1e-4)  # 10 epochs of gsm8k
 PRESETS["llama-3.2-1b-sft"] = PRESETS["llama-3.2-1b"] | dict(
     model="meta-llama/Llama-3.2-1B-Instruct", stage="sft", lora_rank=64, sft_steps=1000,
     sft_batch=512, sft_lr=3e-4)
 PRESETS["qwen2.5-math-7b"] = REAL | AS_PUBLISHED | dict(  # K: 10 in the release, of learned labels
     stage="rl", steps=500, max_extra_rollouts=50, max_prompt_length=1024,
     max_completion_length=4096, kl_coef=0.001, latent_top_k=16, chunk=16, latent_end="perturbed",
-    micro_batch=1, gradient_checkpointing=True)
+    micro_batch=1, gradient_checkpointing=True, encoder_lr=1e-5)
 PRESETS["qwen2.5-math-7b-sft"] = PRESETS["qwen2.5-math-7b"] | dict(
     model="Qwen/Qwen2.5-Math-7B", stage="sft", lora_rank=64)
 
@@ -200,7 +208,8 @@ def check_trainable(cfg):
         fail("--floor, --noise_scale 0: are ways of decoding, for eval.py; they are not trained")
     if cfg.stage == "rl":
         start = checkpoint_settings(cfg.model)  # {} if it is none of ours
-        check_support(start.get("chunk", cfg.latent_top_k), cfg)
+        size = "chunk" if start.get("labels") == "chunk" else "latent_top_k"
+        check_support(start.get(size, cfg.latent_top_k), cfg)
 
 
 def check_support(size, cfg):
@@ -374,13 +383,16 @@ class Policy(nn.Module):
         """-> {"logprobs" [B, T], "entropy" [B, T] (nats), "kept" [B, T, K]}.
 
         logprobs: the surrogate with the slopes of --ste. kept: log-probs of topk_ids at latent
-        steps. All are 0 outside loss_mask. labels: for the supervised stage, which has no
-        surrogate, only kept and the log-probs of the other positions.
+        steps. All are 0 outside loss_mask. labels: the losses of the supervised stage, sums over
+        rows and tokens, as {"kl", "ce"}.
         """
         with autocast(self.lm):
             kept, token_logprobs, entropy = self.score(batch, self.lm)
         if labels:
-            return {"kept": kept, "logprobs": token_logprobs}
+            weights = mixture_weights(batch["topk_scores"], self.cfg.latent_tau)
+            kl = soft_label_loss(kept, weights, batch["latent_mask"])
+            is_token = batch["loss_mask"] & ~batch["latent_mask"]
+            return {"kl": kl.sum(), "ce": -token_logprobs[is_token].sum()}
         ste = self.cfg.ste if self.cfg.one_sided else "none"
         logprobs = self.surrogate(kept, token_logprobs, batch, ste)
         if ste == "released" and "advantages" in batch:  # only where they are not positive
@@ -525,7 +537,7 @@ def policy_loss(outputs, batch, cfg):
 
 def param_groups(policy, cfg):
     """Optimizer groups: matrices and vectors of the language model; the method adds nothing."""
-    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+    trained = [p for p in policy.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
     vectors = [p for p in trained if p.dim() == 1]
     groups = [(matrices, cfg.lr, cfg.weight_decay), (vectors, cfg.lr, 0.0)]
@@ -560,16 +572,22 @@ def describe(policy, outputs, batch, cfg):
 
 
 # === 2b. supervised stage =========================================================================
-# Latent-SFT with chunks of a written chain as labels. A demonstration is laid out as a rollout is:
-# mixtures, then the marker, the answer and EOS. topk_scores / tau are the log-weights of a label,
-# and the label is what is fed, too: never the model's own mixture.
+# Latent-SFT. A label is the weights of some ids: those of a chunk of the written chain, or what an
+# encoder has learned (2c). A demonstration is laid out as a rollout is: mixtures, then the marker,
+# the answer and EOS. topk_scores / tau are the log-weights of a label, and the label is what is
+# fed, too: never the model's own mixture.
+
+
+def supervised_config(cfg, steps, lr):
+    """The settings of a supervised run with a length and a rate of its own."""
+    return dataclasses.replace(
+        cfg, stage="sft", steps=steps, lr=lr, save_every=cfg.sft_save_every,
+        warmup_steps=round(0.05 * steps), eval_every=steps, schedule="cosine")
 
 
 def start_config(cfg):
-    """The settings of the supervised stage: its own length and rates, with --stage all a folder."""
-    start = dataclasses.replace(
-        cfg, stage="sft", steps=cfg.sft_steps, lr=cfg.sft_lr, save_every=cfg.sft_save_every,
-        warmup_steps=round(0.05 * cfg.sft_steps), eval_every=cfg.sft_steps, schedule="cosine")
+    """The settings of the supervised stage; with --stage all it has a folder of its own."""
+    start = supervised_config(cfg, cfg.sft_steps, cfg.sft_lr)
     if cfg.stage == "all":
         start.out_dir = f"{cfg.out_dir}/sft"
         start.stop_after = 0
@@ -596,7 +614,7 @@ def chunk_labels(ids, size, is_digits, is_alone):
 
 
 def read_demonstrations(problems, tokenizer, policy, cfg):
-    """-> problems with chain_ids, chunks (of them) and answer_ids; how many have none of these.
+    """-> problems with chain_ids, chunks (of them), label, answer_ids; how many have none of these.
 
     Chain and answer are tokenised apart, so that nothing merges across the border. The answer is
     marker, answer and EOS only: the thought has to do the work. The built-in task's teacher errs,
@@ -619,8 +637,9 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
         fits = len(chain_ids) + len(answer_ids) < cfg.max_completion_length  # also id by id
         if chain_ids and fits and policy.marker_ids[0] not in chain_ids:  # it would end the thought
             chunks = chunk_labels(chain_ids, cfg.chunk, is_digits, is_alone)
-            kept.append({
-                **problem, "chain_ids": chain_ids, "chunks": chunks, "answer_ids": answer_ids})
+            label = problem.get("label") or even_label(chunks, cfg.chunk)
+            kept.append({**problem, "chain_ids": chain_ids, "chunks": chunks, "label": label,
+                         "answer_ids": answer_ids})
     if not kept:
         fail(f"--stage {cfg.stage}: no problem of --train {cfg.train} has steps or a solution that "
              f"fits into --max_completion_length {cfg.max_completion_length}; or use --stage rl")
@@ -629,37 +648,47 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
         warn(f"{num_lost} of {len(problems)} problems demonstrate nothing: no chain, or over "
              "--max_completion_length")
     sizes = [len(chunk) for problem in kept for chunk in problem["chunks"]]
-    check_support(max(sizes), cfg)
+    if cfg.labels == "chunk":
+        check_support(max(sizes), cfg)
     return kept, num_lost
 
 
+def even_label(chunks, size):
+    """Chunks of ids -> their label: weights, ids [N, size]. Ids of a chunk have equal weights."""
+    ids = torch.tensor([chunk + [-1] * (size - len(chunk)) for chunk in chunks])
+    in_chunk = ids >= 0
+    return in_chunk / in_chunk.sum(-1, keepdim=True), ids.clamp(min=0)
+
+
 def demonstrate(chosen, policy, cfg, is_written, rng):
-    """Demonstrations -> batch with the keys of a rollout, K = --chunk.
+    """Demonstrations -> batch with the keys of a rollout; K = --chunk, or that of the labels.
 
     is_written: the chain id by id and without noise, K = 1: supervised chains of thought.
     """
     device = policy.lm.device
-    size = 1 if is_written else cfg.chunk  # K
     noise_scale = 0.0 if is_written else cfg.sft_noise
     rows = []
     latents = []  # latent steps of each row
     for problem in chosen:
-        chunks = problem["chunks"]
+        thought = problem["label"]
         if is_written:
-            chunks = [[i] for i in problem["chain_ids"]]
-        latents.append(len(chunks))
-        chunks = chunks + [[i] for i in problem["answer_ids"]]
-        padded = [chunk + [-1] * (size - len(chunk)) for chunk in chunks]
-        rows.append(torch.tensor(padded, device=device))
-    ids = nn.utils.rnn.pad_sequence(rows, True, -1)  # [B, T, K], -1: an empty place
-    in_chunk = ids >= 0
-    ids = ids.clamp(min=0)
-    weights = in_chunk / in_chunk.sum(-1, keepdim=True).clamp(min=1)
-    noise = noise_scale * gumbel_like(weights, rng)
-    scores = (weights + 1e-10).log() + noise.clamp(-LOW, HIGH)  # empty places: about -23
-    exists = in_chunk[..., 0]
+            thought = even_label([[i] for i in problem["chain_ids"]], 1)
+        num_latents, size = thought[1].shape
+        latents.append(num_latents)
+        answer = even_label([[i] for i in problem["answer_ids"]], size)
+        rows.append([torch.cat(parts) for parts in zip(thought, answer)])
+    columns = []
+    for column in zip(*rows):
+        columns.append(nn.utils.rnn.pad_sequence(column, True).to(device))
+    weights, ids = columns  # [B, T, K]; weight 0: an empty place
+    exists = weights.sum(-1) > 0
     positions = torch.arange(ids.shape[1], device=device)
     latent_mask = positions < torch.tensor(latents, device=device)[:, None]
+    # released code: draws the noise again while the marker is the best of a thought
+    ends = latent_mask[..., None] & (ids == policy.marker_ids[0])
+    noise = noise_scale * gumbel_like(weights, rng)
+    scores = (weights.masked_fill(ends, 0) + 1e-10).log()  # empty places: about -23
+    scores = scores + noise.clamp(-LOW, HIGH)
     prompts = [problem["prompt_ids"] for problem in chosen]
     prompt_ids, prompt_mask = left_pad(prompts, policy.lm.pad_id, device)
     return {
@@ -689,14 +718,17 @@ def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
 
     Loss: soft_label_loss, mean over all demonstrations, plus the cross entropy of marker, answer
     and EOS, mean over all these tokens. The first --cot_steps updates read written chains, and with
-    --no-latent all of them do.
+    --no-latent all of them do. A round of the encoder has the cross entropy alone, of chunks too.
     """
     started = time.time()
     world_size = dist.get_world_size()
     chosen = next_problems(problems, cfg.sft_batch, (cfg.seed, "sft"), step)
-    rng = make_rng(policy.lm.device, cfg.seed, "sft", step, dist.get_rank())
-    is_written = not cfg.latent or step < cfg.cot_steps
-    batch = demonstrate(chosen, policy, cfg, is_written, rng)
+    if cfg.stage == "encoder":
+        batch = encoder_batch(chosen, policy.lm.device)
+    else:
+        rng = make_rng(policy.lm.device, cfg.seed, "sft", step, dist.get_rank())
+        is_written = not cfg.latent or step < cfg.cot_steps
+        batch = demonstrate(chosen, policy, cfg, is_written, rng)
     is_token = batch["loss_mask"] & ~batch["latent_mask"]
     num_tokens = all_reduce(int(is_token.sum()))  # of all ranks
 
@@ -706,21 +738,21 @@ def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
     for piece in pieces:
         micro = select_rows(batch, piece)
         ddp_policy.require_backward_grad_sync = piece is pieces[-1]
-        outputs = ddp_policy(micro, labels=True)
-        latent_mask = micro["latent_mask"]
-        weights = mixture_weights(micro["topk_scores"], cfg.latent_tau)
-        kl = soft_label_loss(outputs["kept"], weights, latent_mask).sum() / cfg.sft_batch
-        ce = -outputs["logprobs"][micro["loss_mask"] & ~latent_mask].sum() / num_tokens
+        losses = ddp_policy(micro, labels=True)
+        kl = losses["kl"] / cfg.sft_batch
+        ce = losses["ce"] / num_tokens
         ((kl + ce) * world_size).backward()  # DDP averages, but the losses count all ranks
         sums[0] += kl.item()
         sums[1] += ce.item()
     kl, ce = all_reduce(sums)
+    loss = kl + ce
 
     grad_norm = optimizer_step(optimizer, cfg, step)
     if grad_norm is None:
-        kl = ce = None  # they may be NaN, which JSON does not have
+        loss = kl = ce = None  # they may be NaN, which JSON does not have
     row = {
         "kind": "train", "step": step + 1,
+        "loss": loss,
         "kl": kl,
         "ce": ce,
         "grad_norm": grad_norm,
@@ -752,6 +784,59 @@ def check_start(policy, problems, cfg, step):
         warn("a weak start for RL: want an exit rate of 0.95 and a noisy pass@8 clearly above "
              "that of the floor (no thought); a new run with more --sft_steps may have it")
     return found
+
+
+# === 2c. learned labels ===========================================================================
+# The stage before 2b: labels by an encoder (latent_labels.py) that learns them from the chains.
+
+
+class EncoderPolicy(Policy):
+    """The encoder beside the language model, which is its decoder."""
+
+    def __init__(self, lm, tokenizer, cfg):
+        super().__init__(lm, tokenizer, cfg)
+        self.encoder = Encoder(lm, self.top_k)
+        self.trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def start_round(self, number):
+        """Round 1 trains the encoder, 2 the decoder, which has been as at first, 3 both."""
+        for name, p in self.trained:
+            half = 2 if name.startswith("lm.") else 1
+            p.requires_grad_(number in (half, 3))
+
+    def forward(self, batch, labels=True):
+        """The losses of a batch of encoder_batch, as those of Policy; there is no KL."""
+        with autocast(self.lm):
+            return {"kl": torch.zeros(()), "ce": self.encoder.loss(self.lm, batch)}
+
+
+def learn_labels(policy, problems, eval_problems, settings, cfg):
+    """Train encoder and decoder in three rounds, each a run of its own -> problems with labels.
+
+    The language model of the policy becomes the decoder. The labels are made once, after round 3,
+    and saved beside the rounds.
+    """
+    pair = EncoderPolicy(policy.lm, policy.tokenizer, cfg)
+    for number in (1, 2, 3):
+        once = supervised_config(cfg, cfg.encoder_steps, cfg.encoder_lr)
+        once.stage = "encoder"
+        once.out_dir = f"{cfg.out_dir}/encoder{number}"
+        once.stop_after = 0
+        pair.start_round(number)
+        trained = latest_checkpoint(Path(once.out_dir))
+        train(pair, None, problems, eval_problems, settings, once, trained)
+    folder = Path(cfg.out_dir, "labels")
+    if dist.get_rank() == 0 and not folder.exists():
+        save_labels(folder, pair.encoder.make_labels(policy.lm, problems, cfg.micro_batch))
+    dist.barrier()
+    return with_labels(problems, folder, policy, cfg)
+
+
+def with_labels(problems, folder, policy, cfg):
+    """Problems with the labels of a folder, one each, in their order."""
+    labels = read_labels(folder, problems, policy.lm.num_tokens)
+    check_support(labels[0][1].shape[1], cfg)
+    return [{**problem, "label": label} for problem, label in zip(problems, labels)]
 
 
 # === 3. rollout ===================================================================================
@@ -1004,7 +1089,7 @@ def lr_factor(step, cfg):
 
 def train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step):
     """One rollout and its update -> (metrics row, records), or (None, None) when told to stop."""
-    if cfg.stage == "sft":
+    if cfg.stage in ("encoder", "sft"):
         return sft_step(policy, ddp_policy, optimizer, problems, cfg, step)
     started = time.time()
     device = policy.table.weight.device
@@ -1238,6 +1323,8 @@ def main(argv=None):
     lm.share_prompts = cfg.share_prompts and not cfg.gradient_checkpointing  # needs a cache, too
     policy = Policy(lm, tokenizer, cfg)
     load_method(policy, cfg.model, METHOD)
+    if cfg.labels not in ("chunk", "encoder") and cfg.stage != "rl":
+        problems = with_labels(problems, cfg.labels, policy, cfg)
     problems = encode_prompts(tokenizer, problems, cfg)
     eval_problems = encode_prompts(tokenizer, eval_problems, cfg)
     settings.update(model_sha=weights_fingerprint(lm), data_sha=data_fingerprint(problems))
@@ -1254,6 +1341,8 @@ def main(argv=None):
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
             examples, _ = read_demonstrations(problems, tokenizer, policy, cfg)
+            if cfg.labels == "encoder" and cfg.latent:
+                examples = learn_labels(policy, examples, eval_problems, settings, cfg)
             result = train(policy, None, examples, eval_problems, settings, start, trained)
             if cfg.stage == "sft":
                 return result

@@ -104,6 +104,33 @@ def test_the_floor_gives_the_marker_at_once(run):
     assert evaluate(run[1], "--mode", "explicit")[0]["format_ok"] < 0.5
 
 
+def test_a_foreign_model_thinks_in_mixtures_as_latent_grpo_decodes_it(run):
+    import latent_grpo
+    _, _, model = run
+    line = "--mode latent_grpo --latent_top_k 5 --max_completion_length 9 --max_prompt_length 128"
+    row, = evaluate(model, *line.split())
+    assert (row["script"], row["mode"]) == ("latent_grpo", "latent_grpo")
+    script, cfg, *_ = configure(model, *line.split())
+    assert script is latent_grpo and cfg.latent and cfg.latent_top_k == 5 and cfg.lora_rank == 0
+    policy, tokenizer = evaluation.load_policy(script, cfg)
+    problems = common.load_problems("arithmetic:2", "test", 12)
+    encoded = common.encode_prompts(tokenizer, problems, cfg)
+    found = script.evaluate(policy, tokenizer, encoded, cfg, common.make_rng("cpu", 0))
+    names = ("accuracy", "latent_steps", "total_length", "truncated_frac", "format_ok")
+    assert [row[name] for name in names] == [found[name] for name in names]
+    assert 0 < row["latent_steps"] < row["total_length"]
+
+
+def test_the_length_of_finished_completions_leaves_out_what_is_cut_off():
+    lengths = {4: False, 6: False, 20: True}
+    record = dict(completion="", marker="</think>", gold="1", correct=False, format_ok=True,
+                  unanswered=True, latent_steps=1, switches=1, set="")
+    records = [{**record, "length": n, "truncated": cut} for n, cut in lengths.items()]
+    row = evaluation.numbers(records, 1)
+    assert (row["total_length"], row["finished_length"]) == (10, 5)
+    assert "finished_length" not in evaluation.numbers(records[2:], 1)
+
+
 def test_flags_that_do_not_fit_are_refused(run, capsys):
     for line, words in {
             "--nonsense 1": "--nonsense: is no flag of eval.py, nor of", "--top_k many": "--top_k",

@@ -197,7 +197,8 @@ def result(path, model, accuracy, **more):
     row = {"model": model, "data": "arithmetic", "mode": "trained", "script": "lepo", "given": {},
            "seed": 0, "n": 100, "accuracy": accuracy, "stderr": 0.04, "flexible": accuracy,
            "latent_steps": 8 * accuracy, "visible_tokens": 3.0, "total_length": 13.0,
-           "switches": 1.0, "truncated_frac": 0.25, "unanswered_frac": 0.5, **more}
+           "finished_length": 11.0, "switches": 1.0, "truncated_frac": 0.25,
+           "unanswered_frac": 0.5, **more}
     path.write_text(json.dumps(row))
     return str(path)
 
@@ -216,11 +217,12 @@ def test_a_table_averages_what_differs_only_in_its_seed(tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
     assert len({len(line) for line in (head, rule, *lines)}) == 1 and set(rule) == {*"|- "}
     assert rows[0] == ["model", "data", "n", "seeds", "accuracy", "pass@2", "pass@16", "flexible",
-                       "latent steps", "visible tokens", "total length", "switches",
-                       "truncated frac", "unanswered frac"]
+                       "latent steps", "visible tokens", "total length", "finished length",
+                       "switches", "truncated frac", "unanswered frac"]
     average, std = statistics.mean(scores), statistics.stdev(scores)
     assert rows[1] == ["runs/lepo", "arithmetic", "100", "3", f"{average:.3f} ± {std:.3f}", "", "",
-                       "0.633", f"{8 * average:.3f}", "3.000", "13.000", "1.000", "0.250", "0.500"]
+                       "0.633", f"{8 * average:.3f}", "3.000", "13.000", "11.000", "1.000", "0.250",
+                       "0.500"]
     assert [row[0] for row in rows[2:]] == ["grpo-tau-16", "grpo-tau-32", "a/step_000100/hf",
                                             "runs/lepo explicit top_k=5"]
     assert rows[2][3:7] == ["1", "0.250 ± 0.040", "0.375", "0.750"] and rows[4][3] == "2"

@@ -105,7 +105,7 @@ def test_more_embeddings_than_a_label_has_ids_warn_before_the_supervised_stage(
 def test_more_embeddings_than_the_start_learned_warn_before_rl(
         tmp_path, capsys, top_k, off, is_said):
     (tmp_path / "latent").mkdir()
-    (tmp_path / "latent/config.json").write_text('{"chunk": 2, "preset": "paper"}')
+    (tmp_path / "latent/config.json").write_text('{"chunk": 2, "labels": "chunk"}')
     argv = ["--stage", "rl", "--model", str(tmp_path), "--latent_top_k", str(top_k), *off.split()]
     script.check_trainable(script.parse_config(argv))
     assert ("--latent_top_k 10: the labels" in capsys.readouterr().err) == is_said
@@ -164,17 +164,19 @@ def test_loss_of_single_ids_without_noise_is_the_cross_entropy_of_the_chain():
     policy, cfg, tokenizer = built()
     problems = demonstrations(policy, cfg, tokenizer)
     batch = script.demonstrate(problems, policy, cfg, True, make_rng("cpu", 0))
-    outputs = policy(batch, labels=True)
+    outputs, losses = policy(batch), policy(batch, labels=True)
     weights = batch["topk_scores"].softmax(-1)
     kl = script.soft_label_loss(outputs["kept"], weights, batch["latent_mask"])
+    answers = batch["completion_mask"] & ~batch["latent_mask"]
+    torch.testing.assert_close(losses["kl"], kl.sum())
+    torch.testing.assert_close(losses["ce"], -outputs["logprobs"][answers].sum())
     for row, problem in enumerate(problems):
         ids = problem["prompt_ids"] + problem["chain_ids"] + problem["answer_ids"]
         logits = policy.lm(input_ids=torch.tensor([ids])).logits[0, :-1, : policy.lm.num_tokens]
         losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         start, middle = len(problem["prompt_ids"]) - 1, -len(problem["answer_ids"])
         torch.testing.assert_close(kl[row], losses[start:middle].mean(), rtol=1e-5, atol=1e-5)
-        answers = batch["completion_mask"][row] & ~batch["latent_mask"][row]
-        torch.testing.assert_close(-outputs["logprobs"][row][answers], losses[middle:],
+        torch.testing.assert_close(-outputs["logprobs"][row][answers[row]], losses[middle:],
                                    rtol=1e-5, atol=1e-5)
 
 
@@ -356,9 +358,12 @@ SOFT = dict(num_prompts=64, group_size=8, minibatches=2, kl_coef=0.001, latent_t
 
 @pytest.mark.parametrize("preset, published", [
     ("paper", {**ALL, **LOW}), ("llama-3.2-1b", {**ALL, **LOW, "max_prompt_length": 192}),
-    ("llama-3.2-1b-sft", {**START, "sft_lr": 3e-4, "sft_batch": 512, "chunk": 2}),
+    ("llama-3.2-1b-sft", {**START, "sft_lr": 3e-4, "sft_batch": 512, "chunk": 2,
+                          "encoder_lr": 1e-4}),
+    ("learned_paper", {**ALL, **LOW, "latent_top_k": 10, "labels": "encoder"}),
     ("qwen2.5-math-7b", {**ALL, **HIGH}),
-    ("qwen2.5-math-7b-sft", {**START, "sft_lr": 2e-5, "sft_batch": 256, "chunk": 16}),
+    ("qwen2.5-math-7b-sft", {**START, "sft_lr": 2e-5, "sft_batch": 256, "chunk": 16,
+                             "encoder_lr": 1e-5}),
     ("soft_grpo_own", {**ALL, **SOFT})])
 def test_presets_are_those_of_the_papers_and_their_scripts(preset, published):
     cfg = script.parse_config(["--preset", preset])
@@ -368,7 +373,10 @@ def test_presets_are_those_of_the_papers_and_their_scripts(preset, published):
 def test_a_thought_keeps_as_many_embeddings_as_a_chunk_has_ids_in_every_preset():
     for preset in script.PRESETS:
         cfg = script.parse_config(["--preset", preset])
-        assert cfg.latent_top_k == cfg.chunk or preset == "soft_grpo_own"  # it has no labels
+        if cfg.labels == "encoder":
+            assert cfg.latent_top_k == 10  # published
+        else:
+            assert cfg.latent_top_k == cfg.chunk or preset == "soft_grpo_own"  # it has no labels
 
 
 def test_the_two_runs_of_a_named_preset_share_what_the_model_reads():

@@ -20,8 +20,8 @@ METHOD_NAMES = {"Policy", "start_state", "next_input", "reference_logprobs", "po
 # Nodes of the syntax tree, so that neither packing lines nor explaining changes the size; and
 # nodes on a line of code. For comparison: cleanrl's ppo.py 1 533 at 6.1, nanoGPT's train.py 1 296
 # at 5.7 and its model.py 1 632 at 7.5.
-LARGEST = {"hrpo.py": 3900, "lepo.py": 4500, "latent_grpo.py": 7300, "hyrea.py": 7300,
-           "common.py": 10800, "eval.py": 6300}
+LARGEST = {"hrpo.py": 3900, "lepo.py": 4500, "latent_grpo.py": 7300, "latent_labels.py": 900,
+           "hyrea.py": 7300, "common.py": 10800, "eval.py": 6300}
 DENSEST = {"common.py": 8.0, "eval.py": 8.0}  # scripts: 7.5
 FREE = (ast.expr_context, ast.operator, ast.cmpop, ast.boolop, ast.unaryop, ast.Import,
         ast.ImportFrom, ast.alias)
@@ -53,7 +53,7 @@ def sections(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_has_the_sections_in_order(name):
-    assert [title for title in sections(name) if title and "b." not in title[:3]] == TITLES
+    assert [title for title in sections(name) if title and title[1] == "."] == TITLES
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])
@@ -128,7 +128,7 @@ def test_importing_the_scripts_has_no_side_effect(tmp_path):
 @pytest.mark.parametrize("name", LARGEST)
 def test_a_file_keeps_within_its_budget(name):
     size, lines = measure(name)
-    assert size > 2000 and size <= LARGEST[name]
+    assert LARGEST[name] / 3 < size <= LARGEST[name]
     assert size / lines <= DENSEST.get(name, 7.5) + 0.05, f"{size / lines:.2f} nodes a line"
 
 
@@ -154,9 +154,9 @@ def test_no_function_of_common_serves_a_single_script_only():
 
 def test_only_the_four_packages_are_imported_at_run_time():
     allowed = {"torch", "transformers", "numpy", "tqdm", "tokenizers", "safetensors",
-               "huggingface_hub", "pyarrow", "matplotlib", "common"}
+               "huggingface_hub", "pyarrow", "matplotlib", "common", "latent_labels"}
     allowed |= {name.removesuffix(".py") for name in SCRIPTS} | set(sys.stdlib_module_names)
-    for name in [*SCRIPTS, "common.py", "eval.py"]:
+    for name in LARGEST:
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

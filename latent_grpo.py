@@ -12,13 +12,14 @@ Start    a model that can think in mixtures (Latent-SFT): supervised stage, sect
 Words    A score is a log-prob plus noise. Their difference d is the margin. A thought is the latent
          steps of a completion; each of them shows the id of its best score, for the reader only.
 Differs  Labels are chunks of a written chain. --labels encoder learns them as the paper does, in
-         three rounds (latent_labels.py); docs/latent_grpo.md has what else differs.
+         three rounds (section 2c); docs/latent_grpo.md has what else differs.
 Run      python latent_grpo.py                      # both stages, tiny model, two CPU cores
          python latent_grpo.py --stage sft          # the start alone; then --stage rl --model RUN
          python latent_grpo.py --preset soft_grpo   # two-sided noise, no masks: the baseline
          python latent_grpo.py --no-latent          # the explicit baseline: written chains, GRPO
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -35,13 +36,12 @@ from torch.nn.parallel import DistributedDataParallel
 from common import (
     INSTRUCTION, Progress, RoomyCache, add_up, all_reduce, autocast, candidate_scores, check_ranks,
     checkpoint_settings, combine, completion_hidden, completion_logprobs, data_fingerprint,
-    encode_prompts, fail, find_resume, frozen_copy, gather, grade, gumbel_like, largest,
+    encode_prompts, fail, find_resume, first_line, frozen_copy, gather, grade, gumbel_like, largest,
     latest_checkpoint, left_pad, live_rows, lm_hidden, lm_logits, load_checkpoint, load_method,
     load_model, load_problems, lock_run, log_rows, lora_disabled, make_rng, maxima, means,
     micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config,
     run_program, sample, save_checkpoint, select_rows, setup_distributed, stop_agreed,
     stop_requested, summarise, taught_answer, top_k_mixture, warn, weights_fingerprint)
-from latent_labels import Encoder, encoder_batch, read_labels, save_labels
 
 METHOD = Path(__file__).stem
 
@@ -105,7 +105,6 @@ class Config:
     encoder_lr: float = 1e-3  # learning rate there; cosine after 5 % warm-up [code]
     cot_steps: int = 0  # first updates, which learn the written chain, id by id, no noise [ours]
     sft_save_every: int = 200  # updates between checkpoints [ours]
-    check_start: bool = True  # before --stage rl, measure what the start can do [ours]
     # optimizer and memory
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
     weight_decay: float = 0.0  # of matrices and gates, decoupled
@@ -181,8 +180,6 @@ PRESETS = {
         renormalise=True, latent_end="perturbed", micro_batch=2, greedy=False),
 }
 PRESETS["soft_grpo_paper"] = PRESETS["paper"] | TWO_SIDED
-PRESETS["learned"] = dict(labels="encoder", latent_top_k=10)
-PRESETS["learned_paper"] = PRESETS["paper"] | PRESETS["learned"]
 # The named ones train the start with adapters and then all weights, so they are two runs.
 PRESETS["llama-3.2-1b"] = PRESETS["paper"] | AS_PUBLISHED | dict(
     stage="rl", max_prompt_length=192, encoder_steps=150, encoder_lr=1e-4)  # 10 epochs of gsm8k
@@ -236,9 +233,9 @@ def one_sided_noise(gumbel):
     return gumbel.clamp(-LOW, HIGH) + LOW
 
 
-def draw_noise(candidates, cfg, rng):
-    """Noise [b, C] of a rollout step: clipped, shifted (--one_sided), then scaled [code]."""
-    gumbel = gumbel_like(candidates, rng)
+def draw_noise(ids, cfg, rng):
+    """Noise of the candidates `ids` [b, C]: clipped, shifted (--one_sided), then scaled [code]."""
+    gumbel = gumbel_like(ids.float(), rng)
     if cfg.one_sided:
         noise = one_sided_noise(gumbel)
     else:
@@ -263,16 +260,16 @@ def nucleus(logprobs, top_k, top_p):
     return best.masked_fill(outside, -math.inf), ids
 
 
-def latent_step(logits, noise, top_k, top_p, renormalise=False):
-    """The mixture of a latent step: logits [b, V], noise [b, V] -> ids, scores [b, K], best first.
+def latent_step(logits, draw, top_k, top_p, renormalise=False):
+    """The mixture of a latent step: logits [b, V] -> ids, scores [b, K], best first.
 
     Scores are log-probs at temperature 1, over the full vocabulary, plus noise [eq. 13]; the K best
-    of the nucleus are kept. Without noise (None) these are the K likeliest [eq. 1]. noise may be a
-    function, too, which draws it for the candidates alone. renormalise: the K likeliest are kept,
-    and their log-probs are those among them (SofT-GRPO).
+    of the nucleus are kept. draw: ids of the candidates [b, C] -> their noise [b, C]; without noise
+    (None) the K likeliest are kept [eq. 1]. renormalise: the K likeliest are kept, and their
+    log-probs are those among them (SofT-GRPO).
     """
     logprobs = torch.log_softmax(logits, -1)
-    if noise is None:
+    if draw is None:
         scores, ids = logprobs.topk(top_k, -1)
         return ids, scores
     if renormalise:
@@ -280,10 +277,7 @@ def latent_step(logits, noise, top_k, top_p, renormalise=False):
         candidates = kept.log_softmax(-1)
     else:
         candidates, candidate_ids = nucleus(logprobs, top_k, top_p)  # [b, C]
-    if callable(noise):
-        perturbed = candidates + noise(candidates)
-    else:
-        perturbed = candidates + noise.gather(-1, candidate_ids)
+    perturbed = candidates + draw(candidate_ids)
     scores, places = perturbed.topk(top_k, -1)
     return candidate_ids.gather(-1, places), scores
 
@@ -442,13 +436,9 @@ def think(policy, logits, sampled, t, state, cfg, rng, greedy):
 
     sampled [b]: the ids of the other rows. Greedy: no noise.
     """
-    noise = None
-    if not greedy and logits.shape[1] > 1024:  # most ids are no candidates
-        noise = functools.partial(draw_noise, cfg=cfg, rng=rng)
-    elif not greedy:
-        noise = draw_noise(logits, cfg, rng)
+    draw = None if greedy else functools.partial(draw_noise, cfg=cfg, rng=rng)
     topk_ids, scores = latent_step(  # [b, K] each
-        logits, noise, policy.top_k, cfg.latent_top_p, cfg.renormalise)
+        logits, draw, policy.top_k, cfg.latent_top_p, cfg.renormalise)
     shown, ends = end_of_thought(logits, topk_ids, policy.marker_ids[0], cfg.latent_end)
     ids = torch.where(state["thinks"], shown, sampled)
     thinks = state["thinks"] & ~ends
@@ -578,20 +568,20 @@ def describe(policy, outputs, batch, cfg):
 # fed, too: never the model's own mixture.
 
 
-def supervised_config(cfg, steps, lr):
-    """The settings of a supervised run with a length and a rate of its own."""
-    return dataclasses.replace(
-        cfg, stage="sft", steps=steps, lr=lr, save_every=cfg.sft_save_every,
-        warmup_steps=round(0.05 * steps), eval_every=steps, schedule="cosine")
-
-
 def start_config(cfg):
     """The settings of the supervised stage; with --stage all it has a folder of its own."""
-    start = supervised_config(cfg, cfg.sft_steps, cfg.sft_lr)
-    if cfg.stage == "all":
-        start.out_dir = f"{cfg.out_dir}/sft"
-        start.stop_after = 0
+    start = supervised_config(cfg, "sft", cfg.sft_steps, cfg.sft_lr)
+    if cfg.stage == "sft":
+        start.out_dir, start.stop_after = cfg.out_dir, cfg.stop_after
     return start
+
+
+def supervised_config(cfg, folder, steps, lr):
+    """The settings of a supervised run with a folder, a length and a rate of its own."""
+    return dataclasses.replace(
+        cfg, stage="sft", out_dir=f"{cfg.out_dir}/{folder}", stop_after=0, steps=steps, lr=lr,
+        save_every=cfg.sft_save_every, warmup_steps=round(0.05 * steps), eval_every=steps,
+        schedule="cosine")
 
 
 def chunk_labels(ids, size, is_digits, is_alone):
@@ -614,7 +604,7 @@ def chunk_labels(ids, size, is_digits, is_alone):
 
 
 def read_demonstrations(problems, tokenizer, policy, cfg):
-    """-> problems with chain_ids, chunks (of them), label, answer_ids; how many have none of these.
+    """-> those problems that have a chain, with chain_ids, chunks (of them), label, answer_ids.
 
     Chain and answer are tokenised apart, so that nothing merges across the border. The answer is
     marker, answer and EOS only: the thought has to do the work. The built-in task's teacher errs,
@@ -650,7 +640,7 @@ def read_demonstrations(problems, tokenizer, policy, cfg):
     sizes = [len(chunk) for problem in kept for chunk in problem["chunks"]]
     if cfg.labels == "chunk":
         check_support(max(sizes), cfg)
-    return kept, num_lost
+    return kept
 
 
 def even_label(chunks, size):
@@ -762,40 +752,102 @@ def sft_step(policy, ddp_policy, optimizer, problems, cfg, step):
     return row, []
 
 
-def check_start(policy, problems, cfg, step):
-    """What RL needs from its start, on up to 256 problems -> metrics; warns if it is missing.
-
-    Thoughts that end in one marker (exit rate), under noise, and some right ones among 8 samples
-    (pass@8): clearly more than with an empty thought (floor), or there is nothing to reinforce.
-    """
-    rng = make_rng(policy.lm.device, cfg.seed, "check", step, dist.get_rank())
-    found = {}
-    for name in ("noisy", "floor"):
-        sampled = dataclasses.replace(cfg, greedy=False, num_samples=8, floor=name == "floor")
-        result = evaluate(policy, policy.tokenizer, problems[:256], sampled, rng)
-        correct = torch.tensor([record["correct"] for record in result["records"]]).view(-1, 8)
-        found[f"{name}_accuracy"] = result["accuracy"]
-        found[f"{name}_pass@8"] = correct.any(1).float().mean().item()
-        if name == "noisy":
-            found["exit_rate"] = result["format_ok"]
-    if dist.get_rank() == 0:
-        print("start of RL: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-    if found["exit_rate"] < 0.95 or found["noisy_pass@8"] < found["floor_pass@8"] + 0.1:
-        warn("a weak start for RL: want an exit rate of 0.95 and a noisy pass@8 clearly above "
-             "that of the floor (no thought); a new run with more --sft_steps may have it")
-    return found
-
-
 # === 2c. learned labels ===========================================================================
-# The stage before 2b: labels by an encoder (latent_labels.py) that learns them from the chains.
+# --labels encoder: the stage before 2b, as in Latent-SFT. An encoder reads the written chain, and a
+# code after each chunk. Its state at a code chooses K ids and their weights: the label. A decoder
+# that sees only prompt and labels has to write from each label the chunk that comes next, and after
+# the last one the answer. So a label has to hold what the chain has come to, and what follows.
+
+CODE = -1  # stands for a code among ids
+
+
+def read_order(problem):
+    """A problem with N chunks -> what is read of it: encoder_ids, decoder_ids, their positions.
+
+    Encoder: prompt, then each chunk and its code. Decoder: prompt, code 1, chunk 2, code 2, ...,
+    chunk N, code N, answer; nobody asks for chunk 1. The positions of the decoder count as if there
+    were no chunks between the codes, as there are none later.
+    """
+    # released code: a closing </think> behind the encoder's last code, which nothing sees
+    prompt = problem["prompt_ids"]
+    encoder_ids = list(prompt)
+    for chunk in problem["chunks"]:
+        encoder_ids += [*chunk, CODE]
+    decoder_ids = list(prompt)
+    positions = list(range(len(prompt)))
+    for number, asked in enumerate([*problem["chunks"][1:], problem["answer_ids"]]):
+        decoder_ids += [CODE, *asked]
+        place = len(prompt) + number  # of the code
+        positions += range(place, place + 1 + len(asked))
+    return encoder_ids, decoder_ids, positions
+
+
+def encoder_batch(problems, device):
+    """What is read of some problems -> tensors [B, S] with the keys that select_rows needs.
+
+    latent_mask: codes of the decoder; loss_mask: what follows its prompt. 0 fills up the rows on
+    the right; the masks below are causal, so nothing of a row sees it.
+    """
+    rows = [read_order(problem) for problem in problems]
+    columns = []
+    for lists in zip(*rows):
+        tensors = [torch.tensor(row, device=device) for row in lists]
+        columns.append(nn.utils.rnn.pad_sequence(tensors, True))
+    encoder_ids, decoder_ids, positions = columns
+    is_code = decoder_ids == CODE
+    return {
+        "encoder_ids": encoder_ids,
+        "decoder_ids": decoder_ids,
+        "positions": positions,
+        "latent_mask": is_code,
+        "loss_mask": (is_code.cumsum(1) > 0) & (positions > 0),
+        "lengths": torch.tensor([max(map(len, row)) for row in rows], device=device),
+        "prompt_mask": is_code[:, :0]}  # select_rows shortens no prompt
+
+
+def induction_mask(is_code):
+    """What the encoder sees: is_code [B, S] -> [B, query, key]; a code is seen by itself alone."""
+    itself = torch.eye(is_code.shape[1], dtype=torch.bool, device=is_code.device)
+    return (~is_code[:, None] | itself).tril()
+
+
+def supervision_mask(is_code):
+    """What the decoder sees: is_code [B, S] -> [B, query, key].
+
+    A chunk sees the code before it and itself; all others see prompt, codes and answer, no chunk.
+    """
+    number = is_code.cumsum(1)  # 0 in the prompt, then that of the last code
+    last = number.amax(1, keepdim=True)  # behind it stands the answer
+    in_chunk = (number > 0) & (number < last) & ~is_code
+    together = number[:, :, None] == number[:, None]
+    return torch.where(in_chunk[..., None], together, ~in_chunk[:, None]).tril()
+
+
+def hidden_states(body, table, ids, codes, seen, positions=None):
+    """Hidden states [B, S, H] of a model without its head.
+
+    ids [B, S]; codes [n, H]: what is fed where ids are CODE; seen [B, query, key] bool; positions
+    [B, S] are 0, 1, ... if not given.
+    """
+    embeds = table(ids.clamp(min=0))
+    is_code = (ids == CODE)[..., None]
+    embeds = embeds.masked_scatter(is_code, codes.to(embeds.dtype))
+    mask = torch.zeros_like(seen, dtype=embeds.dtype)  # added: eager attention misreads booleans
+    mask.masked_fill_(~seen, torch.finfo(embeds.dtype).min)
+    outputs = body(inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions,
+                   use_cache=False)
+    return outputs.last_hidden_state
 
 
 class EncoderPolicy(Policy):
-    """The encoder beside the language model, which is its decoder."""
+    """The language model as the decoder, and a copy of it as the encoder."""
 
     def __init__(self, lm, tokenizer, cfg):
         super().__init__(lm, tokenizer, cfg)
-        self.encoder = Encoder(lm, self.top_k)
+        self.encoder = copy.deepcopy(lm.base_model)
+        self.encoder.set_input_embeddings(self.table)  # there is one space of embeddings
+        # released code: a new token, which starts as the mean row, too
+        self.code = nn.Parameter(self.table.weight.detach().float().mean(0))  # fed at codes [H]
         self.trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def start_round(self, number):
@@ -804,10 +856,45 @@ class EncoderPolicy(Policy):
             half = 2 if name.startswith("lm.") else 1
             p.requires_grad_(number in (half, 3))
 
+    def encode(self, ids):
+        """encoder_ids [B, S] -> labels of all codes, row after row: weights, ids [n, K].
+
+        The only gradient is that of the weights: the choice of the ids has none.
+        """
+        is_code = ids == CODE
+        codes = self.code.expand(int(is_code.sum()), -1)
+        hidden = hidden_states(self.encoder, self.table, ids, codes, induction_mask(is_code))
+        # released code: scores by the input embeddings, the same where they are tied
+        best, label_ids = lm_logits(self.lm, hidden[is_code]).topk(self.top_k, -1)
+        return best.softmax(-1), label_ids
+
     def forward(self, batch, labels=True):
-        """The losses of a batch of encoder_batch, as those of Policy; there is no KL."""
+        """The loss of a batch of encoder_batch: cross entropy of chunks 2 to N, marker, answer and
+        EOS given the labels, a sum. -> as Policy.forward; there is no KL."""
+        ids = batch["decoder_ids"]
+        is_code = batch["latent_mask"]
+        is_asked = batch["loss_mask"] & ~is_code
         with autocast(self.lm):
-            return {"kl": torch.zeros(()), "ce": self.encoder.loss(self.lm, batch)}
+            weights, label_ids = self.encode(batch["encoder_ids"])
+            codes = top_k_mixture(label_ids, weights, self.table)  # [n, H]
+            hidden = hidden_states(self.lm.base_model, self.table, ids, codes,
+                                   supervision_mask(is_code), batch["positions"])
+            logprobs, _ = completion_logprobs(
+                self.lm, hidden[:, :-1], ids[:, 1:], is_asked[:, 1:])
+        return {"kl": torch.zeros(()), "ce": -logprobs.sum()}
+
+    @torch.no_grad()
+    def make_labels(self, problems, size):
+        """Labels of all problems, `size` in a pass: [(weights [N, K], ids [N, K])] on the CPU."""
+        self.eval()
+        labels = []
+        for start in range(0, len(problems), size):
+            batch = encoder_batch(problems[start : start + size], self.lm.device)
+            with autocast(self.lm):
+                weights, ids = self.encode(batch["encoder_ids"])
+            counts = batch["latent_mask"].sum(1).tolist()
+            labels += zip(weights.cpu().split(counts), ids.cpu().split(counts))
+        return labels
 
 
 def learn_labels(policy, problems, eval_problems, settings, cfg):
@@ -818,24 +905,45 @@ def learn_labels(policy, problems, eval_problems, settings, cfg):
     """
     pair = EncoderPolicy(policy.lm, policy.tokenizer, cfg)
     for number in (1, 2, 3):
-        once = supervised_config(cfg, cfg.encoder_steps, cfg.encoder_lr)
+        once = supervised_config(cfg, f"encoder{number}", cfg.encoder_steps, cfg.encoder_lr)
         once.stage = "encoder"
-        once.out_dir = f"{cfg.out_dir}/encoder{number}"
-        once.stop_after = 0
         pair.start_round(number)
         trained = latest_checkpoint(Path(once.out_dir))
         train(pair, None, problems, eval_problems, settings, once, trained)
     folder = Path(cfg.out_dir, "labels")
     if dist.get_rank() == 0 and not folder.exists():
-        save_labels(folder, pair.encoder.make_labels(policy.lm, problems, cfg.micro_batch))
+        partial = folder.with_suffix(".partial")  # the folder is there completely or not at all
+        partial.mkdir(exist_ok=True)
+        torch.save(pair.make_labels(problems, cfg.micro_batch), partial / "batch_0.pt")
+        partial.rename(folder)
     dist.barrier()
     return with_labels(problems, folder, policy, cfg)
 
 
 def with_labels(problems, folder, policy, cfg):
-    """Problems with the labels of a folder, one each, in their order."""
-    labels = read_labels(folder, problems, policy.lm.num_tokens)
-    check_support(labels[0][1].shape[1], cfg)
+    """Problems with the labels of a folder, one each, in their order: weights, ids [N, K].
+
+    Files are those of Latent-SFT: batch_START_END.pt, lists of such pairs [code].
+    """
+    labels = []
+    for file in sorted(Path(folder).glob("batch_*.pt"), key=lambda file: (len(file.name), file)):
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            labels += [(weights.float(), ids.long()) for weights, ids in found]
+        except Exception as error:  # damaged files raise a dozen kinds
+            fail(f"{file}: is no list of labels, pairs of weights and ids ({first_line(error)})")
+    if len(labels) != len(problems):
+        fail(f"--labels {folder}: must be chunk, encoder, or a folder whose batch_*.pt hold a "
+             f"label for each of {len(problems)} problems; it holds {len(labels)}")
+    size = labels[0][1].shape[-1]  # K
+    for number, (weights, ids) in enumerate(labels):
+        same_shape = weights.shape == ids.shape == (len(ids), size)
+        is_known = (ids >= 0) & (ids < policy.lm.num_tokens)
+        sums = weights.sum(-1)  # about 1: they may be bfloat16
+        if not same_shape or not is_known.all() or not sums.allclose(torch.ones(()), atol=0.05):
+            fail(f"--labels {folder}: label {number} must be ids of this tokenizer and weights "
+                 f"that sum to 1, [latent steps, {size}] each")
+    check_support(size, cfg)
     return [{**problem, "label": label} for problem, label in zip(problems, labels)]
 
 
@@ -1256,8 +1364,6 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             started = time.time()
             rng = make_rng(device, cfg.seed, "eval", step, rank)
             result = evaluate(policy, policy.tokenizer, eval_problems, cfg, rng)
-            if cfg.check_start and (cfg.stage, step) in (("sft", cfg.steps), ("rl", 0)):
-                result.update(check_start(policy, eval_problems, cfg, step))
             if stop_agreed():
                 break  # the evaluation is incomplete; a resumed run repeats it
             records = result.pop("records")
@@ -1340,7 +1446,7 @@ def main(argv=None):
         if resumed and trained and cfg.stage == "all":  # complete; the reference is a copy of it
             load_checkpoint(trained, policy, None, settings, CAN_CHANGE)
         else:
-            examples, _ = read_demonstrations(problems, tokenizer, policy, cfg)
+            examples = read_demonstrations(problems, tokenizer, policy, cfg)
             if cfg.labels == "encoder" and cfg.latent:
                 examples = learn_labels(policy, examples, eval_problems, settings, cfg)
             result = train(policy, None, examples, eval_problems, settings, start, trained)

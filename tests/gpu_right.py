@@ -33,7 +33,7 @@ STRONG = {  # strong mixing, so that an error in it is visible
 }
 OFF = {"hrpo": "--no-hybrid", "lepo": "--latent_steps 0", "latent_grpo": "--no-latent",
        "hyrea": "--max_replaced_steps 0"}
-FIRST = {"latent_grpo": "--stage rl --no-mask_invalid --no-first_token_selection --no-check_start",
+FIRST = {"latent_grpo": "--stage rl --no-mask_invalid --no-first_token_selection",
          "hyrea": "--stage rl"}
 RUN = ("--preset tiny --train arithmetic:2 --steps 4 --num_prompts 4 --group_size 4 --lr 0.01 "
        "--max_completion_length 12 --eval_limit 32 --eval_every 2 --save_every 2 --kl_coef 0.1 "

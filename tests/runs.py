@@ -18,7 +18,7 @@ OFF = {"hrpo": "--no-hybrid", "lepo": "--latent_steps 0",  # what turns each int
        "latent_grpo": "--no-latent", "hyrea": "--max_replaced_steps 0"}
 assert set(OFF) == set(METHODS)
 # Flags of a script, which others may overrule; completions of a random model are mostly cut off.
-FIRST = {"latent_grpo": ["--stage", "rl", "--no-mask_invalid", "--no-check_start"],
+FIRST = {"latent_grpo": ["--stage", "rl", "--no-mask_invalid"],
          "hyrea": ["--stage", "rl"]}
 QUICK = ("--preset tiny --train arithmetic:2 --device cpu --steps 4 --num_prompts 4 --group_size 4 "
          "--max_completion_length 12 --eval_limit 8 --eval_every 2 --save_every 2 --lr 0.01 "

@@ -63,7 +63,7 @@ def test_every_flag_that_is_named_exists():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_lines_beside_the_equations_are_in_the_script(method):
-    files = [f"{method}.py", "common.py", "latent_labels.py"]
+    files = [f"{method}.py", "common.py"]
     source = "".join(read(ROOT / file) for file in files)
     table = read(DOCS / f"{method}.md").partition("## Equations and lines")[2]
     rows = re.findall(r"^\| .+ \|$", table.partition("\n## ")[0], re.M)[1:]

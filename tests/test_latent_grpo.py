@@ -56,10 +56,15 @@ def test_with_the_paper_s_ste_every_kept_logprob_moves_with_the_advantage(advant
         assert ((slope.sign() == advantage).all().item()) == steady
 
 
+def of(noise):
+    """Noise [b, V] of all ids -> the function that latent_step asks for that of its candidates."""
+    return lambda ids: noise.gather(-1, ids)
+
+
 def test_gradient_on_the_logits_is_eq_35_to_37():
     z = torch.randn(12, dtype=torch.float64, requires_grad=True)
     noise = script.one_sided_noise(gumbel_like(z, make_rng("cpu", 0)).double())
-    ids, scores = script.latent_step(z.detach()[None], noise[None], 4, 0.95)
+    ids, scores = script.latent_step(z.detach()[None], of(noise[None]), 4, 0.95)
     script.latent_logprob(scores[0], torch.log_softmax(z, -1)[ids[0]], "paper").backward()
     d = scores[0] - torch.log_softmax(z, -1)[ids[0]]
     alpha, p = (1 - torch.exp(-d)).abs().detach(), z.softmax(-1).detach()
@@ -89,8 +94,8 @@ def test_noise_is_clipped_shifted_and_scaled():
 
 def test_the_shift_changes_scores_and_nothing_else():
     logits, g = torch.randn(64, 30) * 2, gumbel_like(torch.zeros(64, 30), make_rng("cpu", 1))
-    ids, scores = script.latent_step(logits, g.clamp(-1.5, 3.0), 5, 0.95)
-    same, shifted = script.latent_step(logits, script.one_sided_noise(g), 5, 0.95)
+    ids, scores = script.latent_step(logits, of(g.clamp(-1.5, 3.0)), 5, 0.95)
+    same, shifted = script.latent_step(logits, of(script.one_sided_noise(g)), 5, 0.95)
     weights = script.mixture_weights(scores, 0.7)
     assert torch.equal(ids, same)
     torch.testing.assert_close(shifted, scores + 1.5)
@@ -104,7 +109,7 @@ def test_candidates_are_the_nucleus_and_the_likeliest_k():
     seen = [set(), set()]
     for seed in range(200):
         noise = gumbel_like(logits, make_rng("cpu", seed))
-        ids, _ = script.latent_step(logits, noise, 3, 0.9)
+        ids, _ = script.latent_step(logits, of(noise), 3, 0.9)
         for row in range(2):
             seen[row].add(tuple(sorted(ids[row].tolist())))
     assert seen[0] == {(0, 1, 2)}  # the nucleus holds 2: noise only changes the weights
@@ -183,7 +188,7 @@ def test_the_floor_forces_the_marker_and_scores_only_what_follows():
 def test_a_large_vocabulary_is_only_sorted_as_far_as_the_nucleus_needs(spread):
     logits, noise = spread * torch.randn(5, 3000), torch.randn(5, 3000)
     logits[0] *= 10  # one row alone is sure
-    ids, scores = script.latent_step(logits, noise, 4, 0.95)
+    ids, scores = script.latent_step(logits, of(noise), 4, 0.95)
     logprobs, order = logits.log_softmax(-1).sort(-1, descending=True)
     outside = logprobs.exp().cumsum(-1) - logprobs.exp() >= 0.95
     outside[:, :4] = False
@@ -193,7 +198,7 @@ def test_a_large_vocabulary_is_only_sorted_as_far_as_the_nucleus_needs(spread):
 
 def test_renormalised_scores_are_log_probs_among_the_likeliest_ids_plus_noise():
     logits, noise = 2 * torch.randn(6, 50), torch.randn(6, 50)
-    ids, scores = script.latent_step(logits, noise, 4, 0.95, True)
+    ids, scores = script.latent_step(logits, of(noise), 4, 0.95, True)
     likeliest, chosen = logits.topk(4, -1)
     among = likeliest.softmax(-1).log() + noise.gather(-1, chosen)
     wanted, places = among.sort(-1, descending=True)
@@ -238,7 +243,7 @@ def test_in_a_large_vocabulary_only_candidates_draw_noise_and_the_law_is_the_sam
     _, record, _ = script.think(policy, logits, ids, 0, state, cfg, make_rng("cpu", 5), False)
     assert widths == [4 if renormalise else 1024]
     noise = script.draw_noise(logits, cfg, make_rng("cpu", 6))
-    ids, scores = script.latent_step(logits, noise, 4, 0.9, renormalise)
+    ids, scores = script.latent_step(logits, of(noise), 4, 0.9, renormalise)
     for column in range(4):
         found, expected = record["topk_scores"][:, column], scores[:, column]
         assert abs(found.mean() - expected.mean()) < 4 * expected.std() * (2 / 4000) ** 0.5

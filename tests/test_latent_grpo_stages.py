@@ -32,7 +32,7 @@ def few_problems(monkeypatch):
 def demonstrations(policy, cfg, tokenizer, spec="arithmetic-verbose:1-3", limit=6):
     problems = common.encode_prompts(
         tokenizer, common.load_problems(spec, "train", limit), cfg)
-    return script.read_demonstrations(problems, tokenizer, policy, cfg)[0]
+    return script.read_demonstrations(problems, tokenizer, policy, cfg)
 
 
 def built(**changes):
@@ -75,7 +75,7 @@ def cut(text, chunk, alone, **changes):
     lm = SimpleNamespace(num_tokens=len(Pieces.vocabulary), eos_ids=[0])
     policy = SimpleNamespace(lm=lm, marker_ids=[1])
     problems = [{**PROBLEM, "solution": text}]
-    kept, _ = script.read_demonstrations(problems, Pieces(), policy, cfg)
+    kept = script.read_demonstrations(problems, Pieces(), policy, cfg)
     return Pieces().batch_decode(kept[0]["chunks"])
 
 
@@ -202,7 +202,7 @@ def test_demonstrations_need_a_chain_that_fits_and_does_not_hold_the_marker(caps
     chains = [{"solution": "1+2"}, {"steps": ["1", "2"]}, {}, {"solution": "1</think>2"},
               {"solution": "1" * 50}]
     problems = [{**PROBLEM, **c, "prompt_ids": [1]} for c in chains]
-    kept, _ = script.read_demonstrations(problems, tokenizer, policy, cfg)
+    kept = script.read_demonstrations(problems, tokenizer, policy, cfg)
     assert [tokenizer.decode(p["chain_ids"]) for p in kept] == ["1+2", "1 2"]  # real data: spaces
     assert "3 of 5 problems demonstrate nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -236,9 +236,8 @@ def test_a_supervised_update_without_a_finite_gradient_is_skipped(model, tmp_pat
 
 def test_a_supervised_run_stopped_and_resumed_is_the_uninterrupted_one(model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = f"--stage sft --check_start --cot_steps 1 {SHORT}"
+    more = f"--stage sft --cot_steps 1 {SHORT}"
     result = train("latent_grpo", flags(model, whole, more))
-    assert {"exit_rate", "noisy_pass@8", "floor_accuracy", "accuracy"} <= set(result)
     train("latent_grpo", flags(model, parts, f"{more} --stop_after 3"))
     state = torch.load(parts / "step_000003" / "trainer.pt", weights_only=True)
     assert state["step"] == 3
@@ -360,7 +359,6 @@ SOFT = dict(num_prompts=64, group_size=8, minibatches=2, kl_coef=0.001, latent_t
     ("paper", {**ALL, **LOW}), ("llama-3.2-1b", {**ALL, **LOW, "max_prompt_length": 192}),
     ("llama-3.2-1b-sft", {**START, "sft_lr": 3e-4, "sft_batch": 512, "chunk": 2,
                           "encoder_lr": 1e-4}),
-    ("learned_paper", {**ALL, **LOW, "latent_top_k": 10, "labels": "encoder"}),
     ("qwen2.5-math-7b", {**ALL, **HIGH}),
     ("qwen2.5-math-7b-sft", {**START, "sft_lr": 2e-5, "sft_batch": 256, "chunk": 16,
                              "encoder_lr": 1e-5}),

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import common
 import latent_grpo as script
-import latent_labels as learned
 from common import make_rng, select_rows
 
 torch.set_num_threads(1)
@@ -35,7 +34,7 @@ def pair(**changes):
     with torch.no_grad():  # encoder and decoder start equal, and the code near 0
         rng = torch.Generator().manual_seed(0)
         for name, p in found.named_parameters():
-            if name.startswith(("encoder.body.layers", "encoder.code")):
+            if name.startswith(("encoder.layers", "code")):
                 p += 0.2 * torch.randn(p.shape, generator=rng)
     return found, cfg, demonstrations(policy, cfg, tokenizer)
 
@@ -80,16 +79,16 @@ def table(rule, line):
 
 def test_ids_positions_and_both_masks_are_those_of_the_specification():
     _, _, problems = pair()
-    batch = learned.encoder_batch(problems, "cpu")
-    seen = [learned.induction_mask(batch["encoder_ids"] == learned.CODE),
-            learned.supervision_mask(batch["latent_mask"])]
+    batch = script.encoder_batch(problems, "cpu")
+    seen = [script.induction_mask(batch["encoder_ids"] == script.CODE),
+            script.supervision_mask(batch["latent_mask"])]
     lengths = set()
     for row, problem in enumerate(problems):
         lines = naive(problem)
         lengths.add(len(lines[1]))
         for number, (line, name) in enumerate(zip(lines, ("encoder_ids", "decoder_ids"))):
             size = len(line)
-            ids = [learned.CODE if place[2] is None else place[2] for place in line]
+            ids = [script.CODE if place[2] is None else place[2] for place in line]
             assert batch[name][row, :size].tolist() == ids
             assert (batch[name][row, size:] == 0).all()
             rule = (encoder_sees, decoder_sees)[number]
@@ -118,8 +117,8 @@ def naive_loss(policy, problem):
         return body(inputs_embeds=embeds[None], attention_mask=mask[None, None],
                     position_ids=torch.tensor([positions]), use_cache=False).last_hidden_state[0]
 
-    codes = [policy.encoder.code for place in encoder if place[2] is None]
-    hidden = states(policy.encoder.body, encoder, codes, encoder_sees, list(range(len(encoder))))
+    codes = [policy.code for place in encoder if place[2] is None]
+    hidden = states(policy.encoder, encoder, codes, encoder_sees, list(range(len(encoder))))
     labels = []
     for place, state in zip(encoder, hidden):
         if place[2] is None:
@@ -142,24 +141,24 @@ def gradients(policy, loss):
 
 def test_the_loss_is_that_of_a_naive_reading_row_by_row_and_so_is_its_gradient():
     policy, _, problems = pair()
-    found = policy(learned.encoder_batch(problems, "cpu"))
+    found = policy(script.encoder_batch(problems, "cpu"))
     naive_losses = [naive_loss(policy, problem)[0] for problem in problems]
     assert found["kl"] == 0
     torch.testing.assert_close(found["ce"], sum(naive_losses), rtol=1e-5, atol=1e-4)
     ours = gradients(policy, found["ce"])
     theirs = gradients(policy, sum(naive_losses))
-    assert ours.keys() == theirs.keys() and {"encoder.code"} < ours.keys()
+    assert ours.keys() == theirs.keys() and {"code"} < ours.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-3)
 
 
 def test_padding_changes_neither_loss_nor_labels():
     policy, _, problems = pair()
-    batch = learned.encoder_batch(problems, "cpu")
+    batch = script.encoder_batch(problems, "cpu")
     whole = policy(batch)["ce"]
     alone = [policy(select_rows(batch, [row]))["ce"] for row in range(len(problems))]
     torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-4)
-    together, single = (policy.encoder.make_labels(policy.lm, problems, n) for n in (4, 1))
+    together, single = (policy.make_labels(problems, n) for n in (4, 1))
     for (weights, ids), (others, other_ids) in zip(together, single):
         assert torch.equal(ids, other_ids)
         torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
@@ -172,16 +171,16 @@ def test_a_mask_of_every_position_is_the_model_s_own_and_a_masked_key_is_not_see
     table, none = lm.get_input_embeddings(), torch.zeros(0, 32)
     seen = torch.ones(2, 12, 12, dtype=torch.bool).tril()
     own = common.lm_hidden(lm, table(ids), torch.ones_like(ids).bool())
-    found = learned.hidden_states(lm.base_model, table, ids, none, seen)
+    found = script.hidden_states(lm.base_model, table, ids, none, seen)
     torch.testing.assert_close(found, own)
     seen[:, 5:, 3] = False
-    masked = learned.hidden_states(lm.base_model, table, ids, none, seen)
+    masked = script.hidden_states(lm.base_model, table, ids, none, seen)
     assert torch.equal(masked[:, :5], found[:, :5])
     assert (masked[:, 5:] - found[:, 5:]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("number, trained", [
-    (1, {"encoder"}), (2, {"lm"}), (3, {"encoder", "lm"})])
+    (1, {"encoder", "code"}), (2, {"lm"}), (3, {"encoder", "code", "lm"})])
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_round_trains_its_half_and_never_the_table(number, trained, lora):
     policy, cfg, tokenizer = built(labels="encoder")
@@ -190,17 +189,17 @@ def test_a_round_trains_its_half_and_never_the_table(number, trained, lora):
         common.add_lora(policy.lm, lora)
     found = script.EncoderPolicy(policy.lm, tokenizer, cfg)
     found.start_round(number)
-    got = gradients(found, found(learned.encoder_batch(problems, "cpu"))["ce"])
+    got = gradients(found, found(script.encoder_batch(problems, "cpu"))["ce"])
     assert {name.split(".")[0] for name in got} == trained
     assert not any("embed" in name or "lm_head" in name for name in got)
-    assert all("lora_" in name for name in got if name != "encoder.code") == bool(lora)
+    assert all("lora_" in name for name in got if name != "code") == bool(lora)
     groups = script.param_groups(found, cfg)
     assert sum(len(group["params"]) for group in groups) == len(got)
 
 
 def test_labels_have_k_ids_and_weights_that_sum_to_1():
     policy, cfg, problems = pair()
-    labels = policy.encoder.make_labels(policy.lm, problems, 2)
+    labels = policy.make_labels(problems, 2)
     for problem, (weights, ids) in zip(problems, labels):
         expected = naive_loss(policy, problem)[1]
         assert weights.shape == ids.shape == (len(problem["chunks"]), 3)
@@ -240,7 +239,7 @@ def test_the_language_model_ends_as_the_decoder_and_labels_are_made_once(model, 
     assert not any(torch.equal(states[1][name], states[2][name]) for name in layers)
     file, = (run / "labels").iterdir()
     labels = torch.load(file, weights_only=True)
-    assert re.fullmatch(r"batch_0_\d+.pt", file.name) and labels[0][1].shape[1] == 3
+    assert file.name == "batch_0.pt" and labels[0][1].shape[1] == 3
     found = rows(run / "encoder3", "train")
     assert len(found) == 2 and found[0]["ce"] > 0 and found[0]["kl"] == 0
     before = file.stat().st_mtime_ns
@@ -313,8 +312,10 @@ def label(steps, first=0, dtype=torch.bfloat16):
 def test_labels_of_the_authors_files_are_read_in_the_order_of_their_numbers(tmp_path):
     batches = [[label(n + 1), label(2, n)] for n in range(12)]  # starts of one to three digits
     write(tmp_path / "labels", *batches)
+    policy, cfg, _ = built()
     problems = [dict(PROBLEM) for _ in range(24)]
-    found = learned.read_labels(tmp_path / "labels", problems, 29)
+    found = [problem["label"] for problem in script.with_labels(
+        problems, tmp_path / "labels", policy, cfg)]
     for n, pair in enumerate(batches):
         for (weights, ids), (others, other_ids) in zip(pair, found[2 * n : 2 * n + 2]):
             assert torch.equal(ids, other_ids) and torch.equal(weights.float(), others)
@@ -343,8 +344,8 @@ class Code:
     ([], "chunk, encoder"), ([[label(1)] * 23], "24 problems holds 23"),
     ([[label(1)] * 24, [Code()]], "batch_9_18.pt is no list"),
     ([[label(1)] * 23 + [torch.ones(2, 29)]], "label 23 [latent steps, 3]"),
-    ([[label(1)] * 23 + [label(1, first=28)]], "label 23 ids below 29"),
-    ([[label(1)] * 23 + [label(1, first=-1)]], "label 23 ids below 29"),
+    ([[label(1)] * 23 + [label(1, first=28)]], "label 23 ids of this tokenizer"),
+    ([[label(1)] * 23 + [label(1, first=-1)]], "label 23 ids of this tokenizer"),
     ([[label(2)] * 23 + [(label(1)[0], label(2)[1])]], "label 23 [latent steps, 3]"),
     ([[label(2)] * 23 + [(label(1)[0][:, :2], label(1)[1][:, :2])]], "label 23 [latent steps, 3]"),
     ([[label(2)] * 23 + [(label(1)[0] * float("nan"), label(1)[1])]], "label 23 sum to 1")])
@@ -361,7 +362,7 @@ def test_a_damaged_file_of_labels_is_named(tmp_path, capsys):
     file = tmp_path / "labels" / "batch_0_9.pt"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SystemExit):
-        learned.read_labels(tmp_path / "labels", [{}] * 24, 29)
+        script.with_labels([{}] * 24, tmp_path / "labels", None, None)
     assert "batch_0_9.pt: is no list of labels" in capsys.readouterr().err
 
 

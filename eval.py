@@ -758,6 +758,9 @@ def print_means(name, records):
     positions = [position for record in records for position in record["positions"]]
     latents = [position for position in positions if position["latent"]]
     words = [f"{len(latents)} of {len(positions)} positions are latent"]
+    graded = [record["correct"] for record in records if record["gold"]]
+    if graded:
+        words.insert(0, f"{sum(graded)} of {len(graded)} are right")
     values = {}
     for position in positions:
         kind = "latent" if position["latent"] else "token"
@@ -1060,4 +1063,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["show"], ["ask"]):  # `| head` ends them quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     run_program(main)

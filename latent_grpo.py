@@ -5,11 +5,11 @@ Paper    Latent-GRPO, arXiv 2604.27998; its start, Latent-SFT, is arXiv 2510.155
 Idea     Before </think> a step picks no token. It perturbs the log-probs with Gumbel noise, keeps
          the K best, and feeds the mean of their embeddings, weighted by the softmax of the scores.
 GRPO +   1. the K perturbed scores have a likelihood: a ratio for each latent step   latent_logprob
-         2. noise is shifted above 0, so that an advantage has one sign on all K    one_sided_noise
+         2. noise is made positive: an advantage moves all K log-probs alike        one_sided_noise
          3. completions cut off at the limit are left out of the advantages        valid_advantages
          4. one completion of a group, a right one, trains the first step        first_token_winner
 Start    a model that can think in mixtures (Latent-SFT): supervised stage, section 2b     sft_step
-Words    A score is a log-prob plus noise. Their difference d is the margin. A thought is the latent
+Words    A score is a log-prob plus noise; the margin d is score - log-prob. A thought is the latent
          steps of a completion; each of them shows the id of its best score, for the reader only.
 Differs  Labels are chunks of a written chain. --labels encoder learns them as the paper does, in
          three rounds (section 2c); docs/latent_grpo.md has what else differs.
@@ -81,11 +81,11 @@ class Config:
     # the method
     stage: str = "all"  # sft: the supervised start, rl: from --model as it is, all: both [ours]
     latent: bool = True  # think in mixtures; off: written chains and plain GRPO [sec. 5]
-    latent_top_k: int = 2  # embeddings in a mixture, K [eq. 1, code]
+    latent_top_k: int = 2  # embeddings in a mixture, K [eq. 1; code: 10]
     latent_top_p: float = 0.95  # noise may bring in ids of this nucleus [code]
     latent_tau: float = 1.0  # temperature of the weights, tau [eq. 2, code]
     renormalise: bool = False  # SofT-GRPO: log-probs among the K likeliest, then noise [code]
-    noise_scale: float = 0.5  # factor of the Gumbel noise, lambda [code]
+    noise_scale: float = 0.5  # factor of the Gumbel noise, lambda [code: 1]
     latent_end: str = "either"  # a thought ends if the clean, perturbed or either best is [code]
     one_sided: bool = True  # shift the noise above 0 [eq. 12]
     ste: str = "paper"  # slope past the score: paper, released or none; with --one_sided [eq. 16]
@@ -95,8 +95,8 @@ class Config:
     floor: bool = False  # the marker is given at once: what is known without a thought [ours]
     # the supervised stage
     sft_steps: int = 800  # updates [ours]
-    sft_batch: int = 64  # demonstrations in an update, over all ranks [code]
-    sft_lr: float = 2e-3  # learning rate; cosine after 5 % warm-up [code]
+    sft_batch: int = 64  # demonstrations in an update, over all ranks [code: 512 and 256]
+    sft_lr: float = 2e-3  # learning rate [code: 3e-4 and 2e-5]; cosine after 5 % warm-up [code]
     sft_noise: float = 1.0  # factor of the Gumbel noise of labels, which are the inputs too [code]
     chunk: int = 2  # ids of the chain in a latent step; two of digits never share one [ours]
     alone: str = ""  # symbols that share a latent step with no other id, as "+ - * / =" [ours]
@@ -107,7 +107,7 @@ class Config:
     sft_save_every: int = 200  # updates between checkpoints [ours]
     # optimizer and memory
     adam_beta2: float = 0.99  # AdamW beta2; beta1 is 0.9
-    weight_decay: float = 0.0  # of matrices and gates, decoupled
+    weight_decay: float = 0.0  # of matrices, decoupled
     warmup_steps: int = -1  # linear warm-up of all rates, then a cosine to 0; -1 = a tenth of steps
     schedule: str = "cosine"  # rates of RL after the warm-up: cosine, or constant as published
     max_grad_norm: float = 1.0  # the global gradient norm is clipped to it
@@ -249,7 +249,7 @@ def nucleus(logprobs, top_k, top_p):
     logprobs [b, V] -> logprobs [b, C], ids [b, C], likeliest first; -inf outside.
     """
     num_ids = logprobs.shape[-1]
-    # Sorting all ids is slow, and a nucleus of more than 1024 is rare.
+    # Sort only the 1024 likeliest, if they hold the nucleus; it is rarely larger.
     best, ids = logprobs.topk(min(num_ids, max(1024, top_k)), -1)
     if (best.exp().sum(-1) < top_p).any():
         best, ids = logprobs.topk(num_ids, -1)
@@ -265,8 +265,8 @@ def latent_step(logits, draw, top_k, top_p, renormalise=False):
 
     Scores are log-probs at temperature 1, over the full vocabulary, plus noise [eq. 13]; the K best
     of the nucleus are kept. draw: ids of the candidates [b, C] -> their noise [b, C]; without noise
-    (None) the K likeliest are kept [eq. 1]. renormalise: the K likeliest are kept, and their
-    log-probs are those among them (SofT-GRPO).
+    (None) the K likeliest are kept [eq. 1, which has no tau; ours divides by it always].
+    renormalise: the K likeliest are kept, and their log-probs are those among them (SofT-GRPO).
     """
     logprobs = torch.log_softmax(logits, -1)
     if draw is None:
@@ -303,7 +303,7 @@ def latent_logprob(scores, logprobs, ste):
     value = -d - torch.exp(-d)
     crossed = value  # what counts where d < 0: the same value, another slope
     if ste == "paper":
-        crossed = 2 * value.detach() - value
+        crossed = 2 * value.detach() - value  # the opposite slope
     elif ste == "released":
         gentle = d - torch.exp(d.clamp(max=0))  # the clamp: no overflow where it does not count
         crossed = value.detach() + (gentle - gentle.detach())
@@ -366,9 +366,10 @@ class Policy(nn.Module):
     def surrogate(self, kept, token_logprobs, batch, ste):
         """latent_logprob of kept [..., K] at latent steps, token_logprobs elsewhere -> [...].
 
-        The density is that of the noise before its scaling (--noise_scale).
+        The density is that of the noise before its scaling (--noise_scale): latent_logprob gets d /
+        lambda, so the slope towards a log-prob is (1 - exp(-d / lambda)) / (lambda K).
         """
-        scale = self.cfg.noise_scale or 1.0  # 0 only decodes
+        scale = self.cfg.noise_scale or 1.0  # 0 is for decoding; any scale will do
         scores = batch["topk_scores"] / scale
         latents = latent_logprob(scores, self.before_noise(kept) / scale, ste)
         return torch.where(batch["latent_mask"] & batch["loss_mask"], latents, token_logprobs)
@@ -442,8 +443,9 @@ def think(policy, logits, sampled, t, state, cfg, rng, greedy):
     shown, ends = end_of_thought(logits, topk_ids, policy.marker_ids[0], cfg.latent_end)
     ids = torch.where(state["thinks"], shown, sampled)
     thinks = state["thinks"] & ~ends
+    # Three cases: text, scored; a mixture that is fed; a mixture at the limit, which nothing reads.
     is_mixed = thinks & ~torch.isin(ids, policy.eos_ids)
-    is_read = t + 1 < cfg.max_completion_length  # no input follows the last position
+    is_read = t + 1 < cfg.max_completion_length
     record = {
         "loss_mask": ~is_mixed | is_read,
         "latent_mask": is_mixed & is_read,
@@ -462,7 +464,7 @@ def end_of_thought(logits, topk_ids, marker_id, rule):
     is_perturbed = topk_ids[:, 0] == marker_id
     # paper: not said; released code: either for Llama, perturbed for Qwen (a literal id).
     ends = {"clean": is_clean, "perturbed": is_perturbed, "either": is_clean | is_perturbed}[rule]
-    second = topk_ids[:, min(1, topk_ids.shape[1] - 1)]  # with K = 1 such a thought ends
+    second = topk_ids[:, min(1, topk_ids.shape[1] - 1)]  # K = 1 has none: such a thought ends
     shown = torch.where(is_perturbed, second, topk_ids[:, 0])
     return torch.where(ends, marker_id, shown), ends
 
@@ -590,7 +592,7 @@ def chunk_labels(ids, size, is_digits, is_alone):
     The ids of a chunk share one latent step, which forgets their order: 18 would equal 81. An id of
     is_alone shares its step with no other: a model computes the result at the position of `=`.
     """
-    # paper: labels of a learned encoder, top-10; fixed size 2 (GSM8K). CoLaR has chunk averages.
+    # paper: labels of a learned encoder, top-10; fixed size 2 (GSM8K). CoLaR feeds chunk sums.
     chunks = [[]]
     for i in ids:
         last = chunks[-1]
@@ -1049,7 +1051,8 @@ def dead_groups(batch, cfg):
 def replace_dead_groups(policy, problems, batch, records, cfg, step):
     """Replace groups of equal rewards by further draws -> (batch, records of all that was drawn).
 
-    A draw is as large as this rank's share of a step. Each rank draws until all its groups are
+    A draw is as large as this rank's share of a step, at random with replacement (released code:
+    the next batches of the data). Each rank draws until all its groups are
     live, at most --max_extra_rollouts times, with no collective in here. The size of the batch
     stays: where live groups are too few, the first dead ones fill it.
     """
@@ -1137,7 +1140,8 @@ def compute_advantages(batch, cfg):
             winner = first_token_winner(path_scores[group], rewards[group] > 0, valid[group])
             if winner is not None:  # eq. 20 silences wrong completions too, as the released code
                 others = group[group != group[winner]]
-                advantages[others, 0] = 0
+                first_step = 0
+                advantages[others, first_step] = 0
     return advantages
 
 

@@ -89,8 +89,8 @@ def check_tool(path, argv):
         patch.setattr(sys, "argv", [str(path), *argv])
         args, unknown = parse_only(runpy.run_path, str(path), None, "__main__")
     assert not unknown, unknown
-    if path.stem == "comparison" and args.more:  # flags for the scripts that it runs
-        for name in args.names:
+    if path.stem == "comparison":  # flags for the scripts that it runs
+        for name in comparison.complete(args).names:
             _, script, *flags = comparison.command(name, 0, args)
             import_module(Path(script).stem).parse_config(flags)
 

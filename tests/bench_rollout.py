@@ -3,6 +3,7 @@
 python tests/bench_rollout.py                       # 0.5M and 4M random models
 python tests/bench_rollout.py --model FOLDER --batch 16 --new 16 --repeats 3
 python tests/bench_rollout.py --scale               # cost against length, batch and vocabulary
+python tests/bench_rollout.py --long docs/speed_length.json     # a step behind many positions
 
 Equal lengths: nothing ends early. Skewed lengths: every step ends with probability 4 / new, so the
 mean is about a quarter of the maximum. Prints medians over the repeats: tokens per second, and the
@@ -12,6 +13,7 @@ variant is latent; where that changes the lengths, skewed ones are not compared.
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -136,6 +138,64 @@ def scale(args):
         print(f"| {new} | {batch} | {vocabulary} | {cells} |", flush=True)
 
 
+SHAPES = {  # of --long; grouped heads as Qwen and SmolLM2 have them
+    "5M": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+               num_attention_heads=8, num_key_value_heads=2, vocab_size=1024),
+    "135M, 2 of 30 layers": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
+                                 num_attention_heads=9, num_key_value_heads=3, vocab_size=49152)}
+LONG = ("ours", "generate", "generate, static cache")
+STEPS = 16
+
+
+def time_steps(lm, policy, name, prompts, cfg, group_size, new):
+    """Seconds that `new` tokens take, with what comes before them."""
+    cfg.max_completion_length, cfg.group_size = new, group_size
+    start = clock()
+    if name == "ours":
+        hrpo.rollout(policy, prompts, cfg, make_rng("cpu", 0), group_size)
+        return clock() - start
+    ids = torch.tensor(prompts).repeat_interleave(group_size, 0)
+    static = {"cache_implementation": "static"} if "static" in name else {}
+    lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, temperature=1.0,
+                max_new_tokens=new, eos_token_id=None, pad_token_id=0, **static)
+    return clock() - start
+
+
+def long(args):
+    """Milliseconds of a decoding step of all rows, behind so many positions: steps 2 to 17."""
+    print(f"| model | rows | positions | {' | '.join(LONG)} | best generate / ours |")
+    print("|---|---|---|---|---|---|---|")
+    runs = []
+    for shape, sizes in SHAPES.items():
+        lm = make_lm(initializer_range=0.02, max_position_embeddings=4096, **sizes)
+        lm.num_tokens, lm.eos_ids = sizes["vocab_size"], []
+        cfg = hrpo.parse_config(["--preset", "tiny", "--no-hybrid"])
+        policy = hrpo.Policy(lm, make_tokenizer(), cfg).eval()
+        for rows in (16, 64):
+            found = {name: [] for name in LONG}
+            lengths = (256, 1024, 2048) if sizes["vocab_size"] < 9999 else (256, 1024)
+            for length in lengths:
+                rng = torch.Generator().manual_seed(0)
+                prompts = torch.randint(3, lm.num_tokens, (rows // 8, length), generator=rng)
+                times = {name: [] for name in LONG}
+                for repeat in range(args.repeats + 1):
+                    for name in LONG:
+                        least, most = (time_steps(lm, policy, name, prompts.tolist(), cfg, 8, new)
+                                       for new in (1, 1 + STEPS))
+                        times[name] += [(most - least) / STEPS] * (repeat > 0)  # 0 warms up
+                medians = {name: 1e3 * statistics.median(times[name]) for name in LONG}
+                for name in LONG:
+                    found[name].append(round(medians[name], 2))
+                ratio = min(medians[name] for name in LONG[1:]) / medians["ours"]
+                cells = " | ".join(f"{medians[name]:.1f}" for name in LONG)
+                print(f"| {shape} | {rows} | {length} | {cells} | {ratio:.2f} |", flush=True)
+            runs += [{"run": name, "label": f"{name}: {shape}, {rows} rows", "seed": 0,
+                      "method": name, "steps": list(lengths), "values": found[name]}
+                     for name in LONG]
+    figure = {"y": "ms a step", "x": "positions", "runs": runs}
+    Path(args.long).write_text(json.dumps(figure, indent=1) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
@@ -144,11 +204,14 @@ def main():
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--long", default="", help="file for the figure")
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     print(f"{torch.get_num_threads()} threads, {args.repeats} repeats")
     if args.scale:
         return scale(args)
+    if args.long:
+        return long(args)
     if args.model:
         models = {args.model.rstrip("/").split("/")[-1]: load_model(args.model)}
     else:

@@ -35,6 +35,7 @@ import signal
 import sys
 import time
 import unicodedata
+import warnings
 import zlib
 from datetime import timedelta
 from fractions import Fraction
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -1885,6 +1887,7 @@ def setup_distributed(cfg):
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=cfg.dist_timeout), **alone)
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # what replaces it needs torch 2.13
     SIGNALS.clear()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
@@ -2094,9 +2097,14 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
 
     hf/ loads with plain AutoModelForCausalLM (adapters merged); what the method adds to the model
     lies in hf/latent/, where no other tool looks. trainer.pt has the trained parameters unmerged,
-    the optimizer and `state`. Written beside its final name, fsynced, sha256 of every file in
+    the optimizer and `state`. All ranks call it, since each may hold a part of the optimizer; rank
+    0 writes. Written beside its final name, fsynced, sha256 of every file in
     manifest.json, renamed; then checkpoints older than the newest `keep` are removed.
     """
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict()
+    if dist.get_rank() > 0:
+        return True
     folder = out_dir / f"step_{state['step']:06d}"
     partial = folder.with_name(folder.name + ".partial")
     hf = partial / "hf"
@@ -2147,7 +2155,7 @@ def load_checkpoint(folder, policy, optimizer, settings, free):
     """
     refuse_differences(folder, settings, free)
     try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         fail(f"--resume {folder}: trainer.pt holds more than tensors ({first_line(error)})")
     policy.load_state_dict(state.pop("policy"), strict=False)  # the frozen ones are not in it

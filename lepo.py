@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (
@@ -91,6 +92,7 @@ class Config:
     train_embeddings: bool = False  # train the embedding table and head too (not with LoRA)
     micro_batch: int = 64  # sequences in one forward pass on one rank
     max_tokens: int = 0  # padded tokens in one forward pass on one rank; 0 = no bound
+    zero: bool = False  # spread AdamW's moments over the ranks: 8 bytes a parameter / ranks on each
     gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
     share_prompts: bool = False  # in updates, encode each prompt once for its whole group
     # evaluation
@@ -595,7 +597,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "micro_batch", "max_tokens", "gradient_checkpointing", "share_prompts",
-              "dist_timeout")
+              "dist_timeout", "zero")
 
 
 def lr_factor(step, cfg):
@@ -721,7 +723,7 @@ def optimizer_step(optimizer, cfg, step):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(step, cfg)
         optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=dist.get_world_size() == 1)  # as in `train`
     return None if is_bad else grad_norm
 
 
@@ -748,16 +750,30 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     device = policy.table.weight.device
     out_dir = Path(cfg.out_dir)
     check_ranks(settings, resumed)
-    optimizer = torch.optim.AdamW(param_groups(policy, cfg), betas=(0.9, cfg.adam_beta2))
-    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
-    if resumed:
-        state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
+    groups = param_groups(policy, cfg)
+    adamw = {"betas": (0.9, cfg.adam_beta2), "foreach": False}  # True would copy all moments
+    if cfg.zero and world_size > 1:  # each parameter's moments lie on one rank, which updates it
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adamw)
     ddp_policy = policy
     if world_size > 1 and device.type != "mps":
         # find_unused_parameters keeps the gradient buckets as they are. DDP otherwise regroups them
         # after the first update, and a resumed run would sum over 3 or more ranks in another order.
+        # It warns on every rank if all parameters are used, so it is given one that is not.
+        # gradient_as_bucket_view: gradients lie in the buckets, instead of there and once more, if
+        # they are there from the start; and 0 instead of None between updates.
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        policy.unused = nn.Parameter(torch.zeros(1, device=device))
         ddp_policy = DistributedDataParallel(
-            policy, broadcast_buffers=False, find_unused_parameters=True)
+            policy, broadcast_buffers=False, find_unused_parameters=True,
+            gradient_as_bucket_view=True)
+        del policy.unused  # DDP keeps it; no checkpoint holds it
+    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
+    if resumed:
+        state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
     if cfg.dry_run:
         return dry_run(policy, ddp_policy, reference, optimizer, problems, cfg)
     if rank == 0:
@@ -789,13 +805,13 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             progress.show(row, records)
         if stop_agreed() or state["skipped"] == 5 or step + 1 == cfg.stop_after:
             break
-        if rank == 0 and (step + 1) % cfg.save_every == 0:
+        if (step + 1) % cfg.save_every == 0:
             save_checkpoint(out_dir, policy, policy.tokenizer, optimizer, settings, state,
                             cfg.keep_checkpoints)
 
     # The last checkpoint, also of a run that was stopped; save_checkpoint keeps one that is there.
     signum = stop_agreed()
-    saved = rank > 0 or save_checkpoint(
+    saved = save_checkpoint(
         out_dir, policy, policy.tokenizer, optimizer, settings, state, cfg.keep_checkpoints)
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     progress.bar.close()

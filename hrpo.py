@@ -275,7 +275,8 @@ def next_input(policy, logits, hidden, t, state, cfg, rng, greedy):
     embeds = torch.where(marker_seen[:, None], embeds, mixed)
 
     # After EOS and at the limit nothing reads the next input, so these positions are not latent.
-    is_fed = ~torch.isin(ids, policy.eos_ids) & (t + 1 < cfg.max_completion_length)
+    is_last = t + 1 == cfg.max_completion_length
+    is_fed = ~torch.isin(ids, policy.eos_ids) & (not is_last)
     record["latent_mask"] = ~marker_seen & is_fed
     record["soft_embeds"] = soft
     return ids, embeds, record, {"marker_seen": marker_seen, "last_ids": last_ids}
@@ -394,7 +395,8 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
         columns = {"completion_ids": ids}  # what is recorded at each position
         for t in range(limit):
             logits = lm_logits(policy.lm, hidden)  # [b, V]
-            for row in rows[~logits.sum(1).isfinite()].tolist():
+            is_finite = logits.sum(1).isfinite()  # one NaN or inf shows in the sum
+            for row in rows[~is_finite].tolist():
                 prompt = policy.tokenizer.decode(prompts[row // group_size])
                 raise FloatingPointError(f"NaN or inf logits at position {t} after {prompt!r:.300}")
             ids, embeds, record, state = next_input(
@@ -442,7 +444,8 @@ def group_advantages(rewards, group_size, eps=1e-4):
     centred = groups - groups.mean(1, keepdim=True)
     # In a group of equal rewards rounding leaves a difference to the mean: exactly 0 instead.
     differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
-    return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
+    advantages = centred / (groups.std(1, keepdim=True) + eps)
+    return torch.where(differ, advantages, 0).view(-1)
 
 
 def compute_advantages(batch, cfg):
@@ -556,7 +559,8 @@ def update(policy, ddp_policy, reference, optimizer, batch, cfg, step):
     live = batch["advantages"].any(1) | (cfg.kl_coef > 0)  # [B]
     if all_reduce(int(live.sum())) == 0:
         return sums, peaks
-    rows = live.nonzero()[:, 0].tolist() or [0]  # DDP wants a backward pass of each rank
+    # A rank without live rows computes one all the same: DDP waits for its backward pass.
+    rows = live.nonzero()[:, 0].tolist() or [0]
 
     # Forward and backward by micro-batch: the gradients add up to those of the whole batch.
     policy.train()
@@ -667,7 +671,9 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
         if row is None:
             break  # told to stop
         state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
-        records = gather(records if row["skipped"] else records[:: cfg.group_size][:2])
+        if not row["skipped"]:
+            records = records[:: cfg.group_size][:2]  # the first of two groups; else all of them
+        records = gather(records)
         if rank == 0:
             log_rows(out_dir, row, records)
             progress.show(row, records)

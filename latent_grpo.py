@@ -988,7 +988,8 @@ def rollout(policy, prompts, cfg, rng, group_size=1, greedy=False):
         columns = {"completion_ids": ids}  # what is recorded at each position
         for t in range(limit):
             logits = lm_logits(policy.lm, hidden)  # [b, V]
-            for row in rows[~logits.sum(1).isfinite()].tolist():
+            is_finite = logits.sum(1).isfinite()  # one NaN or inf shows in the sum
+            for row in rows[~is_finite].tolist():
                 prompt = policy.tokenizer.decode(prompts[row // group_size])
                 raise FloatingPointError(f"NaN or inf logits at position {t} after {prompt!r:.300}")
             ids, embeds, record, state = next_input(
@@ -1090,7 +1091,8 @@ def group_advantages(rewards, group_size, eps=1e-4):
     centred = groups - groups.mean(1, keepdim=True)
     # In a group of equal rewards rounding leaves a difference to the mean: exactly 0 instead.
     differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
-    return (centred * differ / (groups.std(1, keepdim=True) + eps)).view(-1)
+    advantages = centred / (groups.std(1, keepdim=True) + eps)
+    return torch.where(differ, advantages, 0).view(-1)
 
 
 def valid_advantages(rewards, valid):
@@ -1281,7 +1283,8 @@ def update(policy, ddp_policy, reference, optimizer, batch, cfg, step):
     live = batch["advantages"].any(1) | (cfg.kl_coef > 0)  # [B]
     if all_reduce(int(live.sum())) == 0:
         return sums, peaks
-    rows = live.nonzero()[:, 0].tolist() or [0]  # DDP wants a backward pass of each rank
+    # A rank without live rows computes one all the same: DDP waits for its backward pass.
+    rows = live.nonzero()[:, 0].tolist() or [0]
 
     # Forward and backward by micro-batch: the gradients add up to those of the whole batch.
     policy.train()
@@ -1397,7 +1400,9 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
         if row is None:
             break  # told to stop
         state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
-        records = gather(records if row["skipped"] else records[:: cfg.group_size][:2])
+        if not row["skipped"]:
+            records = records[:: cfg.group_size][:2]  # the first of two groups; else all of them
+        records = gather(records)
         if rank == 0:
             log_rows(out_dir, row, records)
             progress.show(row, records)

@@ -26,7 +26,7 @@ def fork(request, tmp_path_factory):
     origin = EXAMPLES[f"{name}.py"]
     shutil.copy(ROOT / origin, folder / f"{name}.py")
     diff, = [block for block in blocks(PAGE, "diff") if block.startswith(f"--- {name}.py")]
-    done = subprocess.run(["git", "apply", "-p0", "--unidiff-zero", "-"], input=diff, text=True,
+    done = subprocess.run(["git", "apply", "-p0", "-"], input=diff, text=True,
                           cwd=folder, capture_output=True, env={"GIT_CEILING_DIRECTORIES": "/"})
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:

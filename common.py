@@ -242,7 +242,7 @@ def load_method(policy, name, method):
         try:
             missing, wrong = policy.load_state_dict(load_file(file), strict=False)
         except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-            fail(f"{file}: {' '.join(str(error).split())}")
+            fail(f"{file}: {first_line(error)}")
         wrong += [key for key in missing if not key.startswith(("lm.", "table."))]
         if wrong:
             fail(f"{file}: not the tensors of {method}; these differ: {wrong[:3]}")
@@ -255,14 +255,12 @@ def first_line(error):
 
 def weights_fingerprint(module):
     """Short hash over the names, shapes and some values of all weights: tells two models apart."""
-    digest = hashlib.sha256()
+    samples = []
     for key, tensor in module.state_dict().items():
-        digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        flat = tensor.flatten()
-        step = flat.numel() // 256 + 1
-        sample = flat[::step].float().cpu()
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        step = tensor.numel() // 256 + 1
+        some = tensor.flatten()[::step].float().tolist()
+        samples.append((key, tuple(tensor.shape), some))
+    return fingerprint(samples)
 
 
 def fingerprint(value):
@@ -809,13 +807,18 @@ def encode_prompts(tokenizer, problems, cfg, max_length=0):
              "tokenizer; no graded text would contain it")
     texts = [render_prompt(tokenizer, problem["question"], cfg) for problem in problems]
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    check_characters(tokenizer, texts, encoded)
+    pad = tokenizer.pad_token  # what tiny reads for a character that it does not know
+    pad_id = tokenizer.pad_token_id  # it can be the BOS, too, which stands in front
+    unknown = sum(pad_id in ids[1:] and pad not in text for ids, text in zip(encoded, texts))
+    if unknown:
+        (warn if unknown < len(texts) else fail)(
+            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
+            "not know; tiny knows digits, + - * and = only: name a --model")
     kept = [{**problem, "prompt_ids": ids} for problem, ids in zip(problems, encoded)
             if len(ids) <= cfg.max_prompt_length]
-    lost = len(problems) - len(kept)
-    if lost:
+    if len(kept) < len(problems):
         (warn if kept else fail)(
-            f"dropped {lost} of all {len(problems)} prompts: longer than --max_prompt_length "
+            f"dropped {len(problems) - len(kept)} of all {len(problems)} prompts: longer than --max_prompt_length "
             f"{cfg.max_prompt_length}; the shortest has {min(map(len, encoded))} tokens")
     return kept
 
@@ -854,17 +857,6 @@ def render_turns(tokenizer, turns, cfg):
     template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
     args = {"add_generation_prompt": True, **json.loads(cfg.template_args or "{}")}
     return tokenizer.apply_chat_template(turns, chat_template=template, **args, tokenize=False)
-
-
-def check_characters(tokenizer, texts, encoded):
-    """Say how many prompts hold characters that the tokenizer does not know: tiny reads a pad."""
-    pad = tokenizer.pad_token
-    pad_id = tokenizer.pad_token_id  # it can be the BOS, too, which stands in front
-    unknown = sum(pad_id in ids[1:] and pad not in text for ids, text in zip(encoded, texts))
-    if unknown:
-        (warn if unknown < len(texts) else fail)(
-            f"{unknown} of {len(texts)} prompts hold characters that this model's tokenizer does "
-            "not know; tiny knows digits, + - * and = only: name a --model")
 
 
 class Marker:
@@ -1569,15 +1561,11 @@ def completion_hidden(lm, batch, embeds):
 
 def first_of_each(prompt_ids, prompt_mask):
     """Prompts [B, P] -> first row of each distinct one [b], and which of them each row has [B]."""
-    numbers, first, same = {}, [], []
+    seen, rows = {}, []  # rows: for each row, the first one with the same prompt
     for row, (ids, mask) in enumerate(zip(prompt_ids.cpu(), prompt_mask.cpu())):
         prompt = tuple(ids[mask].tolist())
-        if prompt not in numbers:
-            numbers[prompt] = len(first)
-            first.append(row)
-        same.append(numbers[prompt])
-    device = prompt_ids.device
-    return torch.tensor(first, device=device), torch.tensor(same, device=device)
+        rows.append(seen.setdefault(prompt, row))
+    return torch.tensor(rows, device=prompt_ids.device).unique(return_inverse=True)
 
 
 def completion_logprobs(lm, hidden, ids, mask, temperature=1.0, chunk=1 << 24):
@@ -1946,15 +1934,16 @@ def check_ranks(settings, resumed):
 
 def next_problems(problems, number, seed, step):
     """This rank's share of the `number` problems of a step. Each pass over the data is shuffled."""
-    chosen, orders = [], {}
-    for place in range(step * number, (step + 1) * number):
-        epoch, index = divmod(place, len(problems))
-        if epoch not in orders:
-            rng = make_rng("cpu", seed, "order", epoch)
-            orders[epoch] = torch.randperm(len(problems), generator=rng).tolist()
-        chosen.append(problems[orders[epoch][index]])
+    epoch, start = divmod(step * number, len(problems))
+    order = []  # of the passes from this one on
+    while len(order) < start + number:
+        rng = make_rng("cpu", seed, "order", epoch)
+        order += torch.randperm(len(problems), generator=rng).tolist()
+        epoch += 1
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return chosen[rank * number // world_size : (rank + 1) * number // world_size]
+    end = start + (rank + 1) * number // world_size
+    start += rank * number // world_size
+    return [problems[i] for i in order[start:end]]
 
 
 def add_up(sums, found):
@@ -1977,11 +1966,11 @@ def largest(values, mask):
 def combine(updates):
     """Metrics of several updates, a list of (sums, peaks) -> (sums, peaks), as of one update."""
     sums, peaks = updates[0]
-    for more_sums, more_peaks in updates[1:]:
-        for name, (total, count) in more_sums.items():
-            sums[name] = [sums[name][0] + total, sums[name][1] + count]
-        for name, peak in more_peaks.items():
-            peaks[name] = max(peaks[name], peak)
+    for name in sums:
+        totals, counts = zip(*(found[name] for found, _ in updates))
+        sums[name] = [sum(totals), sum(counts)]
+    for name in peaks:
+        peaks[name] = max(found[name] for _, found in updates)
     return sums, peaks
 
 
@@ -2088,7 +2077,7 @@ class Progress:
 
 
 # ---- checkpoints and run folder ------------------------------------------------------------------
-#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
+#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py,extras.py}
 #   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
 
 
@@ -2099,7 +2088,8 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
     lies in hf/latent/, where no other tool looks. trainer.pt has the trained parameters unmerged,
     the optimizer and `state`. All ranks call it, since each may hold a part of the optimizer; rank
     0 writes. Written beside its final name, fsynced, sha256 of every file in
-    manifest.json, renamed; then checkpoints older than the newest `keep` are removed.
+    manifest.json, renamed; then checkpoints older than the newest `keep` are removed, but for the
+    best one with --keep_best.
     """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict()
@@ -2141,8 +2131,12 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         free = shutil.disk_usage(out_dir).free >> 20
         warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
         return False
+    from extras import best_checkpoint
+
+    best = settings.get("keep_best") and best_checkpoint(out_dir)
     for old in step_folders(out_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
     return True
 
 
@@ -2289,13 +2283,15 @@ def lock_file(flag, path):
 
 def open_run(out_dir, settings, script, resumed_step):
     """Rank 0: record settings and source, drop rows that will be written again."""
+    from extras import open_tracker
+
     record = json.dumps({**settings, "argv": sys.argv, "torch": torch.__version__}, indent=1)
     try:
         (out_dir / "code").mkdir(parents=True, exist_ok=True)
         latest_checkpoint(out_dir, clean=True)
         for partial in out_dir.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        for source in (script, __file__):
+        for source in (script, __file__, Path(__file__).with_name("extras.py")):
             shutil.copy(source, out_dir / "code")
         (out_dir / "config.json").write_text(record, encoding="utf-8")
         for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
@@ -2306,6 +2302,7 @@ def open_run(out_dir, settings, script, resumed_step):
             partial.replace(path)
     except OSError as error:
         fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
+    open_tracker(settings.get("track"), out_dir, resumed_step)
 
 
 def keep_row(line, step):
@@ -2318,7 +2315,10 @@ def keep_row(line, step):
 
 
 def log_rows(out_dir, metrics, records):
-    """Append one row to metrics.jsonl and sample completions to samples.jsonl."""
+    """Append one row to metrics.jsonl, and to --track, and completions to samples.jsonl."""
+    from extras import track
+
+    track(metrics)
     samples = []
     for record in records:
         sample = {"kind": metrics["kind"], "step": metrics["step"], **record}

@@ -38,6 +38,7 @@ from common import (
     extract_answer, fail, fingerprint, grade, load_method, load_model, load_problems, lock_file,
     make_rng, mean, model_folder, run_program, select_rows, setup_distributed, stop_agreed,
     summarise, weights_fingerprint)
+from extras import best_checkpoint
 
 # === 1. how a model is decoded ====================================================================
 
@@ -89,6 +90,8 @@ def parse_args(argv, command=""):
         limit = 4 if command else 0
         parser.add_argument("--limit", type=int, default=limit,
                             help=f"problems per data set; 0 = all ({limit})")
+    parser.add_argument("--best", action="store_true",
+                        help="of a run: the checkpoint with the best evaluation, not the newest")
     parser.add_argument("--mode", default="trained", choices=MODES, help=(
         "trained: as the script that trained it decodes (default); explicit: its latent steps off\n"
         "soft_thinking: mixtures until the answer marker, with lepo.py\n"
@@ -108,6 +111,10 @@ def parse_args(argv, command=""):
         parser.error("name one model and one question, in quotation marks")
     if command != "ask" and args.limit < 0:
         parser.error("--limit: must be at least 0")
+    if args.best:
+        for place, name in enumerate(args.models[:1] if command == "ask" else args.models):
+            path = best_checkpoint(name) or fail(f"--best: {name}: no evaluated checkpoint in it")
+            args.models[place] = str(path)
     return args
 
 

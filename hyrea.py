@@ -45,6 +45,7 @@ from common import (
     means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
     resolve_config, run_program, sample, save_checkpoint, select_rows, setup_distributed,
     stop_agreed, stop_requested, summarise, taught_answer, warn, weights_fingerprint)
+from extras import prepare
 
 METHOD = Path(__file__).stem
 
@@ -129,13 +130,16 @@ class Config:
     out_dir: str = ""  # run folder; "" = runs/<script>-<model>-s<seed>
     save_every: int = 60  # steps between checkpoints; one is also written at the end
     keep_checkpoints: int = 2  # the newest stay, older ones are deleted
+    keep_best: bool = False  # the checkpoint with the best evaluation stays, too: eval.py --best
+    track: str = ""  # tensorboard or wandb: show the metrics there, too
     resume: str = ""  # auto goes on from the newest valid checkpoint in --out_dir; or its path
     stop_after: int = 0  # save and stop after this step, as on a signal; 0 = off
     device: str = "auto"  # cuda, mps or cpu; auto = the first that is there
     dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
     deterministic: bool = False  # torch.use_deterministic_algorithms
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
-    dry_run: bool = False  # one update at the maximum lengths, prints its memory, writes nothing
+    estimate: int = 0  # print the memory that each of so many ranks would need, and end; 0 = off
+    dry_run: bool = False  # two steps at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
         counts = ("update_epochs", "minibatches", "sft_steps", "sft_batch", "sft_save_every")
@@ -161,6 +165,8 @@ PRESETS = {
     "tiny": {},
     "paper": dict(  # Qwen2.5-7B-Instruct. Rates, batches, group, temperature, rounds [sec. 4.1,
         # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass), S, the markers' rows [ours]
+        # Computed for 8 GPUs (--estimate 8) with --zero: 144 GiB each; with
+        # --gradient_checkpointing, --micro_batch 2 and --num_prompts 64 as well: 85.
         train="gsm8k", answer_marker="####", steps=58, num_prompts=128, max_prompt_length=512,
         max_completion_length=1024, lr=1e-6, micro_batch=8, share_prompts=True, eval_every=10,
         eval_limit=200, eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000,
@@ -1036,7 +1042,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "micro_batch", "max_tokens", "gradient_checkpointing", "share_prompts",
-              "dist_timeout", "zero")
+              "dist_timeout", "zero", "estimate", "track", "keep_best")
 
 
 def lr_factor(step, cfg):
@@ -1173,16 +1179,20 @@ def optimizer_step(optimizer, cfg, step):
 
 
 def dry_run(policy, ddp_policy, reference, optimizer, problems, cfg):
-    """One step with every prompt and completion at its limit -> its metrics row: does it fit?"""
+    """Two steps with every prompt and completion at its limit -> metrics row: does it fit?
+
+    The optimizer makes its moments at the end of the first step.
+    """
     cfg.stage = "rl"  # its steps are the larger ones
     prompt = policy.tokenizer.decode(problems[0]["prompt_ids"])
     policy.eos_ids = policy.eos_ids[:0]  # no completion ends before the limit
     for problem in problems:
         repeated = problem["prompt_ids"] * cfg.max_prompt_length
         problem["prompt_ids"] = repeated[: cfg.max_prompt_length]
-    row, _ = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, 0)
-    if row is None:
-        raise SystemExit(128 + stop_agreed())
+    for step in range(2):
+        row, _ = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step)
+        if row is None:
+            raise SystemExit(128 + stop_agreed())
     if dist.get_rank() == 0:
         print(f"a prompt: {prompt!r}")
         print(f"dry run, without evaluation: peak memory {row['peak_mem_gib']:.2f} GiB, "
@@ -1294,6 +1304,7 @@ def main(argv=None):
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
     if cfg.stage == "rl":
         check_spans(cfg)
+    prepare(cfg)  # --estimate ends here
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")

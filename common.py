@@ -818,8 +818,8 @@ def encode_prompts(tokenizer, problems, cfg, max_length=0):
             if len(ids) <= cfg.max_prompt_length]
     if len(kept) < len(problems):
         (warn if kept else fail)(
-            f"dropped {len(problems) - len(kept)} of all {len(problems)} prompts: longer than --max_prompt_length "
-            f"{cfg.max_prompt_length}; the shortest has {min(map(len, encoded))} tokens")
+            f"dropped {len(problems) - len(kept)} of all {len(problems)} prompts: longer than "
+            f"--max_prompt_length {cfg.max_prompt_length}; the shortest has {min(map(len, encoded))} tokens")
     return kept
 
 

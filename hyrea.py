@@ -165,8 +165,8 @@ PRESETS = {
     "tiny": {},
     "paper": dict(  # Qwen2.5-7B-Instruct. Rates, batches, group, temperature, rounds [sec. 4.1,
         # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass), S, the markers' rows [ours]
-        # Computed for 8 GPUs (--estimate 8) with --zero: 144 GiB each; with
-        # --gradient_checkpointing, --micro_batch 2 and --num_prompts 64 as well: 85.
+        # Computed for 8 GPUs (--estimate 8) with --zero: 152 GiB each; with
+        # --gradient_checkpointing, --micro_batch 2 and --num_prompts 64 as well: 89.
         train="gsm8k", answer_marker="####", steps=58, num_prompts=128, max_prompt_length=512,
         max_completion_length=1024, lr=1e-6, micro_batch=8, share_prompts=True, eval_every=10,
         eval_limit=200, eval_batch=64, save_every=20, max_replaced_steps=5, sft_steps=1000,

@@ -819,7 +819,8 @@ def encode_prompts(tokenizer, problems, cfg, max_length=0):
     if len(kept) < len(problems):
         (warn if kept else fail)(
             f"dropped {len(problems) - len(kept)} of all {len(problems)} prompts: longer than "
-            f"--max_prompt_length {cfg.max_prompt_length}; the shortest has {min(map(len, encoded))} tokens")
+            f"--max_prompt_length {cfg.max_prompt_length}; the shortest has "
+            f"{min(map(len, encoded))} tokens")
     return kept
 
 

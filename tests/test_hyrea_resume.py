@@ -159,7 +159,7 @@ def test_a_cold_start_without_finite_gradients_stops_after_five(model, tmp_path,
 @pytest.mark.parametrize("stage", ["sft", "all"])
 def test_a_dry_run_of_a_cold_start_tries_a_step_of_rl(model, tmp_path, capsys, stage):
     row = train("hyrea", flags(model, tmp_path / "run", f"--stage {stage} {SHORT} --dry_run"))
-    assert row["step"] == 1 and row["length"] == 28 and not (tmp_path / "run").exists()
+    assert row["step"] == 2 and row["length"] == 28 and not (tmp_path / "run").exists()
     assert "no span was forced" in capsys.readouterr().out
 
 

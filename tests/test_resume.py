@@ -223,9 +223,9 @@ def test_a_dry_run_writes_nothing(method, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "rollout", lambda *args: draws.append(0) or rollout(*args))
     for out in ("new", "used"):
         more = "--dry_run" + " --max_extra_rollouts 2" * (method == "latent_grpo")
-        assert train(method, flags(model, out, more))["step"] == 1
+        assert train(method, flags(model, out, more))["step"] == 2
         assert "peak memory" in capsys.readouterr().out
-    assert len(draws) == 2  # groups of equal rewards draw no more
+    assert len(draws) == 4  # groups of equal rewards draw no more
     assert tree(tmp_path) == before
 
 

@@ -13,8 +13,8 @@ run, greedy on the test split of its --train, decoded in four ways:
 Printed are the accuracy by the number of operations, the total length, and how many copies and
 computed steps a chain loses. Then the error of single operations: a value that the text shows is
 compared with what follows from the value shown before. `taught wrong` are the facts on which the
-built-in teacher errs. At last, if a checkpoint still holds the model that ranked the steps of the
-cold start: how often one of the k lowest is a computed step, by the number of operations.
+built-in teacher errs. At last, for the folder of a cold start, how often one of the k lowest is a
+computed step: ranked by the model before the cold start, and by the one that ranked in it.
 """
 
 import argparse
@@ -31,11 +31,14 @@ import eval as evaluation  # noqa: E402
 import hyrea  # noqa: E402
 from common import (  # noqa: E402
     apply_operation,
+    checkpoint_settings,
     encode_prompts,
     grade,
+    load_model,
     load_problems,
     make_rng,
     mean,
+    model_folder,
 )
 
 ITEM = re.compile(r"(?P<copy>[-+*]\d=(?P<shown>\d)[-+*]\d)|=(?P<value>\d)"
@@ -185,19 +188,10 @@ def error_table(records, problems):
     return lines
 
 
-def rank_table(name, policy, tokenizer, problems, cfg):
-    """How often a computed step is among the k lowest -> lines of text, none without a ranker."""
-    places = sorted(Path(name).glob("**/trainer.pt"))
-    for place in places:
-        rankers = torch.load(place, weights_only=True).get("ranker", [])
-        if rankers:
-            break
-    else:
-        return []
-    policy.lm.load_state_dict(rankers[0])
-    problems = hyrea.read_demonstrations(problems, tokenizer, policy, cfg)
-    found = hyrea.chain_entropies(policy.lm, problems, policy.markers)
-    lines = [f"computed steps among the k lowest, ranked by the model in {place}"]
+def rank_lines(lm, policy, problems):
+    """How often a computed step is among the k lowest, ranked by a model -> lines of text."""
+    found = hyrea.chain_entropies(lm, problems, policy.markers)
+    lines = []
     for n in sorted({len(row) for row in found}):
         rows = [row for row in found if len(row) == n]
         shares = []
@@ -206,6 +200,21 @@ def rank_table(name, policy, tokenizer, problems, cfg):
             shares.append(f"k={k} {sum(i % 2 for low in lowest for i in low) / k / len(rows):.3f}")
         lines.append(f"  {n // 2} operations: {', '.join(shares)}")
     return lines
+
+
+def rank_table(name, policy, tokenizer, problems, cfg):
+    """rank_lines of the model that ranked a cold start and of the one before it; [] without one."""
+    rankers = []
+    for place in sorted(Path(name).glob("**/trainer.pt")):
+        rankers += torch.load(place, weights_only=True).get("ranker", [])
+    if not rankers:
+        return []
+    problems = hyrea.read_demonstrations(problems, tokenizer, policy, cfg)
+    before, _ = load_model(checkpoint_settings(model_folder(name))["model"])
+    lines = ["computed steps among the k lowest, ranked by the model before the cold start"]
+    lines += rank_lines(before, policy, problems)
+    policy.lm.load_state_dict(rankers[0])
+    return [*lines, "by the model that ranked", *rank_lines(policy.lm, policy, problems)]
 
 
 def main():

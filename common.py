@@ -48,7 +48,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -1844,6 +1843,7 @@ def resolve_config(cfg, method, counts=(), minibatches=1):
          "off, since embeddings stay frozen with LoRA; or --lora_rank 0"),
         ("answer_marker", cfg.answer_marker, "some text"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
+        ("track", cfg.track in ("", "tensorboard", "wandb"), "tensorboard or wandb"),
         ("device", cfg.device.split(":")[0] in ("cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
         ("train", cfg.eval_data or not has_file,
          "with a named --eval_data, since a file has no test split"),
@@ -2078,7 +2078,7 @@ class Progress:
 
 
 # ---- checkpoints and run folder ------------------------------------------------------------------
-#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py,extras.py}
+#   runs/NAME/config.json  metrics.jsonl  samples.jsonl  code/{SCRIPT,common.py}
 #   runs/NAME/step_000200/{hf/...  trainer.pt  manifest.json}; hf/latent/ holds what is the method's
 
 
@@ -2092,7 +2092,7 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
     manifest.json, renamed; then checkpoints older than the newest `keep` are removed, but for the
     best one with --keep_best.
     """
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if hasattr(optimizer, "consolidate_state_dict"):  # --zero
         optimizer.consolidate_state_dict()
     if dist.get_rank() > 0:
         return True
@@ -2132,11 +2132,9 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         free = shutil.disk_usage(out_dir).free >> 20
         warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
         return False
-    from extras import best_checkpoint
-
-    best = settings.get("keep_best") and best_checkpoint(out_dir)
+    best = state["best"][1] if settings["keep_best"] else -1
     for old in step_folders(out_dir)[:-keep]:
-        if old != best:
+        if checkpoint_step(old) != best:
             shutil.rmtree(old, ignore_errors=True)
     return True
 
@@ -2284,15 +2282,13 @@ def lock_file(flag, path):
 
 def open_run(out_dir, settings, script, resumed_step):
     """Rank 0: record settings and source, drop rows that will be written again."""
-    from extras import open_tracker
-
     record = json.dumps({**settings, "argv": sys.argv, "torch": torch.__version__}, indent=1)
     try:
         (out_dir / "code").mkdir(parents=True, exist_ok=True)
         latest_checkpoint(out_dir, clean=True)
         for partial in out_dir.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        for source in (script, __file__, Path(__file__).with_name("extras.py")):
+        for source in (script, __file__):
             shutil.copy(source, out_dir / "code")
         (out_dir / "config.json").write_text(record, encoding="utf-8")
         for path in (out_dir / "metrics.jsonl", out_dir / "samples.jsonl"):
@@ -2303,7 +2299,36 @@ def open_run(out_dir, settings, script, resumed_step):
             partial.replace(path)
     except OSError as error:
         fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
-    open_tracker(settings.get("track"), out_dir, resumed_step)
+    TRACKERS.clear()
+    if settings["track"]:
+        TRACKERS.append(open_tracker(settings["track"], out_dir, resumed_step))
+
+
+TRACKERS = []  # with --track: the function that shows numbers there, of the run that is open
+
+
+def open_tracker(kind, out_dir, step):
+    """-> function of {name: value} and a step. A resumed run goes on in the same log."""
+    try:
+        if kind == "wandb":
+            import wandb
+
+            name = out_dir / "wandb_id"
+            if not name.exists():
+                name.write_text(fingerprint(time.time_ns()))
+            return wandb.init(project="latent-rl", name=out_dir.name, dir=out_dir,
+                              id=name.read_text(), resume="allow").log
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail(f"--track {kind}: is not installed: pip install {kind}")
+    writer = SummaryWriter(out_dir / kind, purge_step=step + 1)
+
+    def show(values, step):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return show
 
 
 def keep_row(line, step):
@@ -2317,9 +2342,10 @@ def keep_row(line, step):
 
 def log_rows(out_dir, metrics, records):
     """Append one row to metrics.jsonl, and to --track, and completions to samples.jsonl."""
-    from extras import track
-
-    track(metrics)
+    numbers = {f"{metrics['kind']}/{name}": value for name, value in metrics.items()
+               if isinstance(value, int | float)}
+    for show in TRACKERS:
+        show(numbers, metrics["step"])
     samples = []
     for record in records:
         sample = {"kind": metrics["kind"], "step": metrics["step"], **record}

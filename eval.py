@@ -34,11 +34,10 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    answers_equal, autocast, check_writable, checkpoint_settings, data_fingerprint, encode_prompts,
-    extract_answer, fail, fingerprint, grade, load_method, load_model, load_problems, lock_file,
-    make_rng, mean, model_folder, run_program, select_rows, setup_distributed, stop_agreed,
-    summarise, weights_fingerprint)
-from extras import best_checkpoint
+    answers_equal, autocast, check_writable, checkpoint_settings, checkpoint_step, data_fingerprint,
+    encode_prompts, extract_answer, fail, fingerprint, grade, keep_row, load_method, load_model,
+    load_problems, lock_file, make_rng, mean, model_folder, run_program, select_rows,
+    setup_distributed, step_folders, stop_agreed, summarise, weights_fingerprint)
 
 # === 1. how a model is decoded ====================================================================
 
@@ -74,6 +73,16 @@ hidden state (HyRea). Colours are for terminals only; the variable NO_COLOR turn
 Each line of the input is a question. The completion appears as it is decoded, then the answer that
 was found in it."""),
 }
+
+
+def best_checkpoint(out_dir):
+    """The checkpoint with the best accuracy in metrics.jsonl, the first of equals; or None."""
+    path = Path(out_dir, "metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if keep_row(line, math.inf)]
+    accuracy = {row["step"]: row["accuracy"] for row in rows if row["kind"] == "eval"}
+    found = [folder for folder in step_folders(out_dir) if checkpoint_step(folder) in accuracy]
+    return max(found, key=lambda folder: accuracy[checkpoint_step(folder)], default=None)
 
 
 def parse_args(argv, command=""):

@@ -32,7 +32,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
@@ -45,7 +44,6 @@ from common import (
     means, micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums,
     resolve_config, run_program, sample, save_checkpoint, select_rows, setup_distributed,
     stop_agreed, stop_requested, summarise, taught_answer, warn, weights_fingerprint)
-from extras import prepare
 
 METHOD = Path(__file__).stem
 
@@ -138,7 +136,6 @@ class Config:
     dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
     deterministic: bool = False  # torch.use_deterministic_algorithms
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
-    estimate: int = 0  # print the memory that each of so many ranks would need, and end; 0 = off
     dry_run: bool = False  # two steps at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
@@ -165,7 +162,7 @@ PRESETS = {
     "tiny": {},
     "paper": dict(  # Qwen2.5-7B-Instruct. Rates, batches, group, temperature, rounds [sec. 4.1,
         # alg. 1]; GSM8K, lengths, the number of updates (RL: one pass), S, the markers' rows [ours]
-        # Computed for 8 GPUs (--estimate 8) with --zero: 152 GiB each; with
+        # Computed for 8 GPUs (tests/estimate.py) with --zero: 152 GiB each; with
         # --gradient_checkpointing, --micro_batch 2 and --num_prompts 64 as well: 89.
         train="gsm8k", answer_marker="####", steps=58, num_prompts=128, max_prompt_length=512,
         max_completion_length=1024, lr=1e-6, micro_batch=8, share_prompts=True, eval_every=10,
@@ -1042,7 +1039,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "micro_batch", "max_tokens", "gradient_checkpointing", "share_prompts",
-              "dist_timeout", "zero", "estimate", "track", "keep_best")
+              "dist_timeout", "zero", "track", "keep_best")
 
 
 def lr_factor(step, cfg):
@@ -1211,6 +1208,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     groups = param_groups(policy, cfg)
     adamw = {"betas": (0.9, cfg.adam_beta2), "foreach": False}  # True would copy all moments
     if cfg.zero and world_size > 1:  # each parameter's moments lie on one rank, which updates it
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
     else:
         optimizer = torch.optim.AdamW(groups, **adamw)
@@ -1229,7 +1228,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             policy, broadcast_buffers=False, find_unused_parameters=True,
             gradient_as_bucket_view=True)
         del policy.unused  # DDP keeps it; no checkpoint holds it
-    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
+    # skipped: updates in a row whose gradient was not finite; best: evaluation, and its step
+    state = {"step": 0, "skipped": 0, "best": [-1.0, 0]}
     if resumed:
         state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
         for weights in state.pop("ranker", []):
@@ -1257,12 +1257,18 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             if rank == 0:
                 log_rows(out_dir, row, records[:8])
                 progress.show(row, records)
+            if result["accuracy"] > state["best"][0]:
+                state["best"] = [result["accuracy"], step]
+                if cfg.keep_best and step > 0:
+                    save_checkpoint(out_dir, policy, policy.tokenizer, optimizer, settings, state,
+                                    cfg.keep_checkpoints)
         if step == cfg.steps:
             break
         row, records = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step)
         if row is None:
             break  # told to stop
-        state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+        state["step"] = step + 1
+        state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
         state["ranker"] = [lm.state_dict() for lm in policy.ranker]  # one or none
         if not row["skipped"]:
             records = records[:: cfg.group_size][:2]  # the first of two groups; else all of them
@@ -1304,7 +1310,6 @@ def main(argv=None):
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
     if cfg.stage == "rl":
         check_spans(cfg)
-    prepare(cfg)  # --estimate ends here
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")

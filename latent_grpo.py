@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (
@@ -43,7 +42,6 @@ from common import (
     micro_batches, next_problems, open_run, parse_flags, peak_memory, record_sums, resolve_config,
     run_program, sample, save_checkpoint, select_rows, setup_distributed, stop_agreed,
     stop_requested, summarise, taught_answer, top_k_mixture, warn, weights_fingerprint)
-from extras import prepare
 
 METHOD = Path(__file__).stem
 
@@ -138,7 +136,6 @@ class Config:
     dtype: str = "auto"  # float32, or bfloat16 (autocast, float32 weights); auto = that on cuda
     deterministic: bool = False  # torch.use_deterministic_algorithms
     dist_timeout: int = 30  # minutes a rank waits for the slowest one
-    estimate: int = 0  # print the memory that each of so many ranks would need, and end; 0 = off
     dry_run: bool = False  # two steps at the maximum lengths, prints its memory, writes nothing
 
     def __post_init__(self):
@@ -192,7 +189,7 @@ PRESETS["llama-3.2-1b"] = PRESETS["paper"] | AS_PUBLISHED | dict(
 PRESETS["llama-3.2-1b-sft"] = PRESETS["llama-3.2-1b"] | dict(
     model="meta-llama/Llama-3.2-1B-Instruct", stage="sft", lora_rank=64, sft_steps=1000,
     sft_batch=512, sft_lr=3e-4)
-# Computed for 8 GPUs (--estimate 8) with --zero: 109 GiB each; with --kl_coef 0 as well: 81.
+# Computed for 8 GPUs (tests/estimate.py) with --zero: 109 GiB each; with --kl_coef 0 as well: 81.
 PRESETS["qwen2.5-math-7b"] = REAL | AS_PUBLISHED | dict(  # K: 10 in the release, of learned labels
     stage="rl", steps=500, max_extra_rollouts=50, max_prompt_length=1024,
     max_completion_length=4096, kl_coef=0.001, latent_top_k=16, chunk=16, latent_end="perturbed",
@@ -1195,7 +1192,7 @@ def evaluate(policy, tokenizer, problems, cfg, rng):
 CAN_CHANGE = ("out_dir", "resume", "stop_after", "device", "eval_data", "eval_limit", "eval_every",
               "eval_batch", "num_samples", "greedy", "save_every", "keep_checkpoints",
               "micro_batch", "max_tokens", "gradient_checkpointing", "share_prompts",
-              "dist_timeout", "zero", "estimate", "track", "keep_best")
+              "dist_timeout", "zero", "track", "keep_best")
 
 
 def lr_factor(step, cfg):
@@ -1363,6 +1360,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     groups = param_groups(policy, cfg)
     adamw = {"betas": (0.9, cfg.adam_beta2), "foreach": False}  # True would copy all moments
     if cfg.zero and world_size > 1:  # each parameter's moments lie on one rank, which updates it
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
     else:
         optimizer = torch.optim.AdamW(groups, **adamw)
@@ -1381,7 +1380,8 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             policy, broadcast_buffers=False, find_unused_parameters=True,
             gradient_as_bucket_view=True)
         del policy.unused  # DDP keeps it; no checkpoint holds it
-    state = {"step": 0, "skipped": 0}  # skipped: updates in a row whose gradient was not finite
+    # skipped: updates in a row whose gradient was not finite; best: evaluation, and its step
+    state = {"step": 0, "skipped": 0, "best": [-1.0, 0]}
     if resumed:
         state = load_checkpoint(resumed, policy, optimizer, settings, CAN_CHANGE)
     if cfg.dry_run:
@@ -1403,12 +1403,18 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
             if rank == 0:
                 log_rows(out_dir, row, records[:8])
                 progress.show(row, records)
+            if result["accuracy"] > state["best"][0]:
+                state["best"] = [result["accuracy"], step]
+                if cfg.keep_best and step > 0:
+                    save_checkpoint(out_dir, policy, policy.tokenizer, optimizer, settings, state,
+                                    cfg.keep_checkpoints)
         if step == cfg.steps:
             break
         row, records = train_step(policy, ddp_policy, reference, optimizer, problems, cfg, step)
         if row is None:
             break  # told to stop
-        state = {"step": step + 1, "skipped": state["skipped"] + 1 if row["skipped"] else 0}
+        state["step"] = step + 1
+        state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
         if not row["skipped"]:
             records = records[:: cfg.group_size][:2]  # the first of two groups; else all of them
         records = gather(records)
@@ -1450,7 +1456,6 @@ def main(argv=None):
     out_dir = Path(cfg.out_dir)
     resumed, lock = None, None
     settings = {"method": METHOD, "world_size": int(os.environ.get("WORLD_SIZE", 1)), **vars(cfg)}
-    prepare(cfg)  # --estimate ends here
     if not cfg.dry_run:
         resumed, lock = find_resume(out_dir, cfg.resume, settings, CAN_CHANGE)
     problems = load_problems(cfg.train, "train")

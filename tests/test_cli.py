@@ -155,8 +155,7 @@ def test_a_run_folder_holds_what_is_promised(method, model, tmp_path, more):
     result = train(method, flags(model, out, more))
     names = {"config.json", "metrics.jsonl", "samples.jsonl", "code", "step_000002", "step_000004"}
     assert {p.name for p in out.iterdir() if p.name != ".lock"} == names
-    assert {p.name for p in (out / "code").iterdir()} == {
-        f"{method}.py", "common.py", "extras.py"}
+    assert {p.name for p in (out / "code").iterdir()} == {f"{method}.py", "common.py"}
     assert {p.name for p in (out / "step_000004").iterdir()} == {
         "hf", "trainer.pt", "manifest.json"}
     assert {p.name for p in (out / "step_000004" / "hf").glob("*.safetensors")} == {

@@ -1,57 +1,41 @@
-"""What only some runs ask for: --estimate, the best checkpoint (--keep_best), --track."""
+"""How much memory would a run take? Computed from the config.json of a model, on any machine.
 
-import json
+python tests/estimate.py lepo --ranks 8 --preset qwen2.5-7b --device cuda --zero
+
+The first word is a script, and all flags but --ranks are its own. docs/speed.md compares some
+estimates with what was measured.
+"""
+
+import argparse
 import math
-import os
-import time
-from importlib.util import find_spec
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from common import (
     RoomyCache,
     RoomyLayer,
     add_lora,
     autocast,
-    checkpoint_step,
     fail,
-    fingerprint,
     first_line,
-    keep_row,
     lm_hidden,
     model_folder,
     peak_memory,
-    step_folders,
     tiny_folder,
 )
 
 LOGITS = 1 << 24  # that completion_logprobs makes at a time
 
 
-def prepare(cfg):
-    """Check --track and --keep_best; print the estimate of memory (--dry_run, --estimate)."""
-    if cfg.track not in ("", "tensorboard", "wandb"):
-        fail(f"--track {cfg.track}: must be tensorboard or wandb")
-    if cfg.track and find_spec(cfg.track) is None:
-        fail(f"--track {cfg.track}: is not installed: pip install {cfg.track}")
-    if cfg.keep_best and cfg.eval_every % cfg.save_every > 0:
-        fail(f"--keep_best: --save_every {cfg.save_every} must divide --eval_every "
-             f"{cfg.eval_every}, so that each evaluation has its checkpoint")
-    if (cfg.dry_run or cfg.estimate) and os.environ.get("RANK", "0") == "0":
-        print_estimate(cfg)
-    if cfg.estimate:
-        raise SystemExit(0)
-
-
-def print_estimate(cfg):
-    """One line for each part, in GiB, and the sum in a rollout and in an update.
-
-    For --estimate ranks, or those that are there.
-    """
-    ranks = cfg.estimate or int(os.environ.get("WORLD_SIZE", 1))
+def print_estimate(cfg, ranks):
+    """One line for each part, in GiB, and the sum in a rollout and in an update."""
     parts, always, rollout, update = estimate(cfg, ranks)
     print(f"memory estimated for each of {ranks} ranks, in GiB ({cfg.dtype}):")
     for name, size in parts.items():
@@ -185,50 +169,14 @@ def activation_bytes(lm, rows, cfg):
     return total, math.ceil(rows / size)
 
 
-def best_checkpoint(out_dir):
-    """The checkpoint with the best accuracy in metrics.jsonl, the first of equals; or None."""
-    path = Path(out_dir, "metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines if keep_row(line, math.inf)]
-    accuracy = {row["step"]: row["accuracy"] for row in rows if row["kind"] == "eval"}
-    found = [folder for folder in step_folders(out_dir) if checkpoint_step(folder) in accuracy]
-    return max(found, key=lambda folder: accuracy[checkpoint_step(folder)], default=None)
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage="estimate.py SCRIPT [--ranks N] [--flag ...]",
+                                     description=__doc__, allow_abbrev=False)
+    parser.add_argument("script", choices=["hrpo", "lepo", "latent_grpo", "hyrea"])
+    parser.add_argument("--ranks", type=int, default=1)
+    args, flags = parser.parse_known_args(argv)
+    print_estimate(import_module(args.script).parse_config(flags), args.ranks)
 
 
-TRACKERS = []  # what shows the rows of the run that is open: one with --track
-
-
-def track(row):
-    """Show a row of metrics.jsonl in what --track names, too."""
-    values = {f"{row['kind']}/{key}": value for key, value in row.items()
-              if isinstance(value, int | float)}
-    for show in TRACKERS:
-        show(values, row["step"])
-
-
-def open_tracker(kind, out_dir, step):
-    """Open what --track names, if it names one. A resumed run goes on in the same log.
-
-    What it had logged after `step` is replaced (TensorBoard) or stays (W&B): it is the same.
-    """
-    TRACKERS.clear()
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out_dir / kind, purge_step=step + 1)
-
-        def add_scalars(values, step):
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        TRACKERS.append(add_scalars)
-    elif kind == "wandb":
-        import wandb
-
-        name = out_dir / "wandb_id"
-        if not name.exists():
-            name.write_text(fingerprint(time.time_ns()))
-        run = wandb.init(project="latent-rl", name=out_dir.name, dir=out_dir, id=name.read_text(),
-                         resume="allow")
-        TRACKERS.append(run.log)
+if __name__ == "__main__":
+    main()

@@ -117,6 +117,7 @@ def read_model(name, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = tiny_folder(name) if name.split(":")[0] == "tiny" else model_folder(name)
     if not path.is_dir() and name.startswith(("runs/", "/", "./", "../")):
         fail(f"--model {name}: no such folder")  # rather than ask the hub for it
@@ -130,7 +131,6 @@ def read_model(name, dtype):
             if re.search("dropout|_pdrop", key):
                 setattr(config, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(source, **code)
-        logging.disable_progress_bar()
         logging.set_verbosity_error()  # else it prints a table of what is said below in one line
         lm, info = AutoModelForCausalLM.from_pretrained(  # a pickle is never opened
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
@@ -341,6 +341,7 @@ def tiny_folder(name):
         check_writable(f"--model {name}, in LATENT_RL_CACHE", CACHE)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
+        print(f"training the built-in model for {spec}, once: about 20 s", flush=True)
         with torch.random.fork_rng():
             train_tiny(spec, partial)
         with contextlib.suppress(OSError):  # another run may have finished first, with the same
@@ -2132,7 +2133,7 @@ def save_checkpoint(out_dir, policy, tokenizer, optimizer, settings, state, keep
         free = shutil.disk_usage(out_dir).free >> 20
         warn(f"{folder} NOT saved ({first_line(error)}; {free} MiB free); older checkpoints stay")
         return False
-    best = state["best"][1] if settings["keep_best"] else -1
+    best = state["best"][1] if settings.get("keep_best") else -1
     for old in step_folders(out_dir)[:-keep]:
         if checkpoint_step(old) != best:
             shutil.rmtree(old, ignore_errors=True)
@@ -2300,7 +2301,7 @@ def open_run(out_dir, settings, script, resumed_step):
     except OSError as error:
         fail(f"--out_dir {out_dir}: cannot be written ({first_line(error)})")
     TRACKERS.clear()
-    if settings["track"]:
+    if settings.get("track"):
         TRACKERS.append(open_tracker(settings["track"], out_dir, resumed_step))
 
 
@@ -2315,9 +2316,9 @@ def open_tracker(kind, out_dir, step):
 
             name = out_dir / "wandb_id"
             if not name.exists():
-                name.write_text(fingerprint(time.time_ns()))
+                name.write_text(fingerprint(time.time_ns()), encoding="utf-8")
             return wandb.init(project="latent-rl", name=out_dir.name, dir=out_dir,
-                              id=name.read_text(), resume="allow").log
+                              id=name.read_text(encoding="utf-8"), resume="allow").log
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail(f"--track {kind}: is not installed: pip install {kind}")

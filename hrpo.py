@@ -704,9 +704,9 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     progress.bar.close()
     if rank == 0:
-        end = "done" if state["step"] == cfg.steps else "stopped"
-        print(f"{end} after step {state['step']}; go on with --resume auto, or: python eval.py "
-              f"{out_dir} --data {cfg.eval_data or cfg.train}", flush=True)
+        end = "done" if state["step"] == cfg.steps else "stopped: --resume auto goes on"
+        print(f"step {state['step']}, {end}; python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] == 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}; "
                          "samples.jsonl has all completions of these steps")

@@ -914,6 +914,8 @@ def learn_labels(policy, problems, eval_problems, settings, cfg):
         once = supervised_config(cfg, f"encoder{number}", cfg.encoder_steps, cfg.encoder_lr)
         once.stage = "encoder"
         pair.start_round(number)
+        if dist.get_rank() == 0:
+            print(f"learned labels, round {number} of 3")
         trained = latest_checkpoint(Path(once.out_dir))
         train(pair, None, problems, eval_problems, settings, once, trained)
     folder = Path(cfg.out_dir, "labels")
@@ -1436,9 +1438,9 @@ def train(policy, reference, problems, eval_problems, settings, cfg, resumed):
     dist.barrier()  # nobody leaves, which ends the job, while rank 0 still writes
     progress.bar.close()
     if rank == 0:
-        end = "done" if state["step"] == cfg.steps else "stopped"
-        print(f"{end} after step {state['step']}; go on with --resume auto, or: python eval.py "
-              f"{out_dir} --data {cfg.eval_data or cfg.train}", flush=True)
+        end = "done" if state["step"] == cfg.steps else "stopped: --resume auto goes on"
+        print(f"step {state['step']}, {end}; python eval.py {out_dir} --data "
+              f"{cfg.eval_data or cfg.train}", flush=True)
     if state["skipped"] == 5:
         raise SystemExit(f"stopped: 5 updates in a row without a finite gradient, step {step + 1}; "
                          "samples.jsonl has all completions of these steps")

@@ -730,7 +730,7 @@ def replace_steps(steps, entropies, k, mode, rng=None):
     """The steps with k of them (or all there are) replaced by None.
 
     entropy: those of the lowest mean entropy, the first of equals; random: in an order drawn from
-    rng; all, block: from the first on, whatever their entropy, as Coconut's curriculum goes.
+    rng; all, block: from the first on, whatever their entropy, as in Coconut.
     """
     order = list(range(len(steps)))
     if mode == "entropy":

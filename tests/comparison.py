@@ -33,7 +33,7 @@ RUNS = {  # name: (script, run that it starts from, flags)
     "latent-sft": ("latent_grpo", None, "--stage sft"),
     "latent-grpo": ("latent_grpo", "latent-sft", "--stage rl"),
     "soft-grpo": ("latent_grpo", "latent-sft", "--stage rl --preset soft_grpo"),
-    "coconut": ("hyrea", None, "--stage sft --replace all"),
+    "all-replaced": ("hyrea", None, "--stage sft --replace all"),
     "hyrea-start": ("hyrea", None, "--stage sft"),
     "hyrea": ("hyrea", "hyrea-start", "--stage rl"),
 }
@@ -49,6 +49,7 @@ REAL_RUNS = {
     "hyrea-start": ("hyrea", "sft", f"{START} --train COPIED --max_replaced_steps 1"),
     "hyrea": ("hyrea", "hyrea-start", "--stage rl --train COPIED --max_replaced_steps 1"),
 }
+del REAL_RUNS["all-replaced"]
 REAL = [  # flags of all runs of a pretrained model, and of those of a script
     "--instruction= --answer_marker #### --max_prompt_length 200 --dtype bfloat16 --lora_rank 0 "
     "--lr 5e-6 --warmup_steps 3 --kl_coef 0 --weight_decay 0 --max_grad_norm 1 --temperature 1 "

@@ -2314,11 +2314,9 @@ def open_tracker(kind, out_dir, step):
         if kind == "wandb":
             import wandb
 
-            name = out_dir / "wandb_id"
-            if not name.exists():
-                name.write_text(fingerprint(time.time_ns()), encoding="utf-8")
-            return wandb.init(project="latent-rl", name=out_dir.name, dir=out_dir,
-                              id=name.read_text(encoding="utf-8"), resume="allow").log
+            key = fingerprint(str(out_dir.resolve()))  # the same when the run is resumed
+            return wandb.init(project="latent-rl", name=out_dir.name, dir=out_dir, id=key,
+                              resume="allow").log
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail(f"--track {kind}: is not installed: pip install {kind}")

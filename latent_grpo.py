@@ -1148,8 +1148,7 @@ def compute_advantages(batch, cfg):
             winner = first_token_winner(path_scores[group], rewards[group] > 0, valid[group])
             if winner is not None:  # eq. 20 silences wrong completions too, as the released code
                 others = group[group != group[winner]]
-                first_step = 0
-                advantages[others, first_step] = 0
+                advantages[others, 0] = 0  # of the first step
     return advantages
 
 

@@ -241,7 +241,7 @@ def load_method(policy, name, method):
         try:
             missing, wrong = policy.load_state_dict(load_file(file), strict=False)
         except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-            fail(f"{file}: {first_line(error)}")
+            fail(f"{file}: {' '.join(str(error).split())}")
         wrong += [key for key in missing if not key.startswith(("lm.", "table."))]
         if wrong:
             fail(f"{file}: not the tensors of {method}; these differ: {wrong[:3]}")

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from conftest import METHODS, make_lm, make_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -41,6 +42,7 @@ def kill_saves(folder, kills):
     sum(p.square().sum() for p in policy.parameters()).backward()
     optimizer.step()
     step, cut_short = 0, 0
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     logging.disable_progress_bar()
     for _ in range(kills):
         reading, writing = os.pipe()

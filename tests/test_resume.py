@@ -142,7 +142,7 @@ def test_one_step_more_or_less_makes_the_comparison_fail(method, model, tmp_path
     train(method, flags(model, whole))
     train(method, flags(model, parts, "--stop_after 2"))
     script = import_module(method)
-    load, shift = script.load_checkpoint, {"step": 1, "skipped": 0}
+    load, shift = script.load_checkpoint, {"step": 1, "skipped": 0, "best": [-1.0, 0]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "load_checkpoint", lambda *args: load(*args) and shift)
         train(method, flags(model, parts, "--resume auto"))

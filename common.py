@@ -1422,11 +1422,12 @@ def autocast(lm):
 class RoomyLayer(DynamicLayer):
     """Keys and values [b, heads, S, size] of one layer: views of buffers that are larger.
 
-    DynamicLayer copies all of them at each step. Here a step writes its own column, and one step in
-    `spare` makes longer buffers. For decoding only: backward needs what a write would change.
+    DynamicLayer copies all of them at each step. Here a step writes its own column; when no column
+    is free, the buffers grow by an eighth and `spare`: in wider ones short rows would lie far apart
+    in memory. For decoding only: backward needs what a write would change.
     """
 
-    spare = 128
+    spare = 8
     room = 0  # columns of the buffers
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -1439,7 +1440,7 @@ class RoomyLayer(DynamicLayer):
         number, _, start, _ = self.keys.shape
         end = start + key_states.shape[2]
         if end > self.room:
-            self.room = end + self.spare
+            self.room = end + end // 8 + self.spare
             free = (0, 0, 0, self.room - start)
             self.buffers = [F.pad(self.keys, free), F.pad(self.values, free)]
         for buffer, new in zip(self.buffers, (key_states, value_states)):

@@ -75,8 +75,9 @@ def estimate(cfg, ranks):
         if cfg.lora_rank:
             add_lora(lm, cfg.lora_rank)
         trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-        cached = cache_bytes(lm) * rows * (cfg.max_prompt_length + cfg.max_completion_length
-                                           + RoomyLayer.spare // 2)
+        columns = cfg.max_prompt_length + cfg.max_completion_length
+        free = columns // 16 + RoomyLayer.spare // 2  # on average
+        cached = cache_bytes(lm) * rows * (columns + free)
         kept, count = activation_bytes(lm, rows, cfg)
 
     held = 2 if is_rounded and cfg.lora_rank else 4  # bytes of a frozen weight

@@ -46,8 +46,8 @@ def test_a_7b_model_is_estimated_from_its_config_alone(tmp_path, capsys):
     assert found["gradients"] == pytest.approx(4 * blocks / gib, abs=0.01)
     assert found["optimizer"] == pytest.approx(8 * blocks / 8 / gib, abs=0.01)
     cfg = lepo.parse_config(argv)
-    positions = cfg.num_prompts / 8 * cfg.group_size * (
-        cfg.max_prompt_length + cfg.max_completion_length + 64)
+    columns = cfg.max_prompt_length + cfg.max_completion_length
+    positions = cfg.num_prompts / 8 * cfg.group_size * (columns + columns // 16 + 4)
     cache = positions * 28 * 2 * 4 * 128 * 2
     assert found["cache of the rollout"] == pytest.approx(cache / gib, abs=0.01)
 

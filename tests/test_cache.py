@@ -66,18 +66,18 @@ def test_a_row_gives_what_one_pass_over_it_alone_gives(kind):
 @torch.no_grad()
 def test_a_step_and_rows_that_leave_copy_nothing_that_stays():
     lm, cache = make_lm(), RoomyCache()
-    embeds = torch.randn(6, 1, 32)
-    lm_hidden(lm, embeds, torch.ones(6, 1).bool(), cache=cache)
+    embeds = torch.randn(6, 160, 32)
+    lm_hidden(lm, embeds, torch.ones(6, 160).bool(), cache=cache)
     places = [layer.keys.data_ptr() for layer in cache.layers]
     kept = cache.layers[0].keys.clone()
     live = live_rows(torch.tensor([False, True, False, False, True, False]), 512)
     assert live.tolist() == [0, 5, 2, 3]
     cache.batch_select_indices(live)
     assert torch.equal(cache.layers[0].keys, kept[live])
-    for step in range(2, 100):
-        lm_hidden(lm, embeds[:4], torch.ones(4, step).bool(), cache=cache)
+    for step in range(161, 188):  # an eighth of 160, and 8, are free
+        lm_hidden(lm, embeds[:4, :1], torch.ones(4, step).bool(), cache=cache)
     assert [layer.keys.data_ptr() for layer in cache.layers] == places
-    assert cache.layers[0].keys.shape[:3] == (4, 4, 99) and cache.get_seq_length() == 99
+    assert cache.layers[0].keys.shape[:3] == (4, 4, 187) and cache.get_seq_length() == 187
 
 
 def test_rows_keep_their_order_in_a_narrow_cache_and_their_places_in_a_wide_one():

@@ -147,22 +147,27 @@ LONG = ("ours", "generate", "generate, static cache")
 STEPS = 16
 
 
-def time_steps(lm, policy, name, prompts, cfg, group_size, new):
-    """Seconds that `new` tokens take, with what comes before them."""
-    cfg.max_completion_length, cfg.group_size = new, group_size
-    start = clock()
+def time_step(lm, policy, name, prompts, cfg, group_size):
+    """Seconds of a decoding step of all rows: the median of STEPS steps behind the prompts."""
+    cfg.max_completion_length, cfg.group_size = STEPS + 1, group_size
+    stamps = []
     if name == "ours":
+        step = hrpo.next_input
+        hrpo.next_input = lambda *args: stamps.append(clock()) or step(*args)
         hrpo.rollout(policy, prompts, cfg, make_rng("cpu", 0), group_size)
-        return clock() - start
-    ids = torch.tensor(prompts).repeat_interleave(group_size, 0)
-    static = {"cache_implementation": "static"} if "static" in name else {}
-    lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, temperature=1.0,
-                max_new_tokens=new, eos_token_id=None, pad_token_id=0, **static)
-    return clock() - start
+        hrpo.next_input = step
+    else:
+        ids = torch.tensor(prompts).repeat_interleave(group_size, 0)
+        static = {"cache_implementation": "static"} if "static" in name else {}
+        lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                    temperature=1.0, max_new_tokens=STEPS + 1, eos_token_id=None, pad_token_id=0,
+                    logits_processor=[lambda ids, scores: stamps.append(clock()) or scores],
+                    **static)
+    return statistics.median(b - a for a, b in zip(stamps, stamps[1:]))
 
 
 def long(args):
-    """Milliseconds of a decoding step of all rows, behind so many positions: steps 2 to 17."""
+    """Milliseconds of a decoding step of all rows, behind so many positions."""
     print(f"| model | rows | positions | {' | '.join(LONG)} | best generate / ours |")
     print("|---|---|---|---|---|---|---|")
     runs = []
@@ -180,9 +185,8 @@ def long(args):
                 times = {name: [] for name in LONG}
                 for repeat in range(args.repeats + 1):
                     for name in LONG:
-                        least, most = (time_steps(lm, policy, name, prompts.tolist(), cfg, 8, new)
-                                       for new in (1, 1 + STEPS))
-                        times[name] += [(most - least) / STEPS] * (repeat > 0)  # 0 warms up
+                        seconds = time_step(lm, policy, name, prompts.tolist(), cfg, 8)
+                        times[name] += [seconds] * (repeat > 0)  # 0 warms up
                 medians = {name: 1e3 * statistics.median(times[name]) for name in LONG}
                 for name in LONG:
                     found[name].append(round(medians[name], 2))

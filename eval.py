@@ -429,8 +429,8 @@ def read_curve(folder, y, suffix=""):
     if not (path / "config.json").is_file() or not (path / "metrics.jsonl").is_file():
         fail(f"{folder}: is not a run folder; it lacks config.json or metrics.jsonl")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    text = (path / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in re.findall(r".*\n", text)]  # a live run's ends in a half
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if keep_row(line, math.inf)]  # the whole ones
     evaluations = [row for row in rows if row["kind"] == "eval"]
     kind = "eval" if any(y in row for row in evaluations) else "train"
     points = {}

@@ -92,6 +92,15 @@ def test_a_curve_is_the_mean_over_seeds_and_the_band_their_range(runs, tmp_path)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "accuracy")
 
 
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    run = make_run(tmp_path / "a", "lepo-0", 0, [0.25, 0.5])
+    whole = evaluation.read_curve(run, "accuracy")
+    path = tmp_path / "a" / "lepo-0" / "metrics.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('[1]\n5\n"text"\n{"kind": "eval", "st')  # a live run ends in half a line
+    assert evaluation.read_curve(run, "accuracy") == whole
+
+
 def test_what_cannot_be_drawn_is_refused_in_one_line(runs, tmp_path, capsys):
     out = ("--out", tmp_path / "a.png")
     assert "no nonsense; it has accuracy, length, reward" in refusal(

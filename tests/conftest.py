@@ -95,15 +95,6 @@ def prompt_cfg(answer_marker="</think>", max_prompt_length=99, **changes):
         "prompt_date": "2025-01-01", **changes})
 
 
-# Files that take half a minute and more: first, so that no core is left alone with one of them.
-LONGEST = ("learning", "kill", "latent_grpo_stages", "resume", "latent_labels", "eval_files",
-           "faults", "zero", "ranks", "hyrea_resume", "hyrea_update", "answers")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
-
-
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
